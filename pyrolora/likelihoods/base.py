@@ -1,0 +1,121 @@
+"""What a likelihood is: how data arise given the base model's output."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor
+
+Batch = Mapping[str, Tensor]
+
+
+class Likelihood(ABC):
+    """How data arise given the base model's output; the owner of the data site.
+
+    A likelihood turns the model's output into natural parameters ``f`` (:meth:`logits`) and says what ``p(y | f)``
+    is (:meth:`distribution`). Every method works under ``torch.vmap`` over draws of ``f``: none of them looks at the
+    values of the logits to decide what to do. Batches are checked once, by the task, not here.
+
+    Constructor arguments are JSON-able and are stored under their own names, so that a likelihood can be saved.
+    """
+
+    site: ClassVar[str] = "labels"
+
+    def forward_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What goes to the base model: the tensors of the batch, without the observation.
+
+        Labels stay behind because a Hugging Face model that sees them computes a loss of its own.
+        """
+        return {key: value for key, value in batch.items() if key != self.site and isinstance(value, Tensor)}
+
+    @abstractmethod
+    def logits(self, output: Any, batch: Batch) -> Tensor:
+        """Natural parameters over the support, in float32, from a Hugging Face ``ModelOutput``."""
+
+    def sample_parameters(self) -> dict[str, Tensor]:
+        """The likelihood's own global latent sites, drawn with ``pyro.sample``; ``{name of the site: value}``."""
+        return {}
+
+    @abstractmethod
+    def distribution(self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> TorchDistributionMixin:
+        """``p(y | f)`` as a Pyro distribution; batch shape (b,)."""
+
+    def observation(self, batch: Batch) -> Tensor | None:
+        """The observed value of the data site, or ``None`` where the batch has no labels (then it is sampled)."""
+        return batch.get(self.site)
+
+    def observe(self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> None:
+        """Put the data site in the trace; to be called inside the data plate."""
+        pyro.sample(self.site, self.distribution(logits, parameters, batch), obs=self.observation(batch))
+
+    def log_prob(self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """``log p(y_n | f_n)`` of each example in nats; shape (b,)."""
+        return self.distribution(logits, parameters, batch).log_prob(self.observation(batch))
+
+    @abstractmethod
+    def probabilities(self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Class probabilities; shape (b, K).
+
+        Raises:
+            NotImplementedError: for a likelihood that is not over classes.
+        """
+
+    def check_logits(self, logits: Tensor) -> None:
+        """Look at the logits of one batch, once, before training.
+
+        Raises:
+            ValueError: some are not finite.
+        """
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError(
+                f"{type(self).__name__}: the model's output has NaN or infinite values before any training; check the "
+                "checkpoint, or load the base model in float32 or bfloat16 instead of float16."
+            )
+
+
+class ClassLikelihood(Likelihood):
+    """A likelihood over K classes: ``p(y = k | f) = softmax(f)_k``.
+
+    Shapes: logits (b, K), labels (b,) of int64 in 0..K-1. A negative label means *no class is known* (an
+    out-of-distribution example, say): its log probability is NaN, never a number that could enter an average.
+    """
+
+    def distribution(self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> TorchDistributionMixin:
+        """``Categorical(logits = f)``; batch shape (b,)."""
+        return dist.Categorical(logits=logits, validate_args=False)
+
+    def log_prob(self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """``log softmax(f_n)[y_n]`` in nats, NaN where the label is negative; shape (b,)."""
+        labels = batch[self.site]
+        chosen = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return torch.where(labels >= 0, chosen, torch.nan)
+
+    def probabilities(self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """``softmax(f)``; shape (b, K)."""
+        return logits.softmax(-1)
+
+    def check_logits(self, logits: Tensor) -> None:
+        """Warn where the rows are probabilities already: a second softmax would flatten every prediction.
+
+        Rows count as probabilities when none is negative and each sums to 1 within 1e-3; a single class has nothing
+        to flatten.
+        """
+        super().check_logits(logits)
+        rows = logits.detach().float().reshape(-1, logits.shape[-1])
+        if rows.shape[-1] < 2 or rows.shape[0] == 0:
+            return
+        if bool((rows >= 0).all()) and bool(((rows.sum(-1) - 1).abs() < 1e-3).all()):
+            warnings.warn(
+                f"{type(self).__name__} was given probabilities, not logits: every row of the model's output is "
+                "non-negative and sums to 1, so a softmax would be applied twice. Take the softmax out of the model, "
+                "or return log-probabilities.",
+                UserWarning,
+                stacklevel=2,
+            )
