@@ -2,6 +2,16 @@
 
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.data import DataError, DataSource
+from pyrolora.tasks.language_modeling import LanguageModeling
+from pyrolora.tasks.multiple_choice import AnswerTokenChoice, CandidateChoice
 from pyrolora.tasks.sequence_classification import SequenceClassification
 
-__all__ = ["DataError", "DataSource", "SequenceClassification", "Task"]
+__all__ = [
+    "AnswerTokenChoice",
+    "CandidateChoice",
+    "DataError",
+    "DataSource",
+    "LanguageModeling",
+    "SequenceClassification",
+    "Task",
+]

@@ -42,6 +42,7 @@ class Task(ABC):
     """
 
     auto_class: ClassVar[Any]
+    row_by_row: ClassVar[bool] = True  # one row in, one out; otherwise `encode` sees a whole split at once
 
     likelihood: Likelihood
     class_names: tuple[str, ...] = ()
@@ -147,11 +148,10 @@ class Task(ABC):
 
     def _checked(self, source: Source, name: str) -> datasets.Dataset:
         table = read(source, split=name, text_columns=self.text_columns)
-        problems = list(self.content_problems(table))
+        stop_at(table, self.content_problems(table))
         if name == "train":
-            stop_at(table, problems)
             self.learn(table)
-        stop_at(table, [*problems, *self.label_problems(table)])
+        stop_at(table, self.label_problems(table))
         return table.dataset()
 
     def _tokenised(self, rows: datasets.Dataset, name: str) -> datasets.Dataset:
@@ -164,14 +164,19 @@ class Task(ABC):
             return columns
 
         # A given fingerprint keeps `datasets` from pickling the task to name a cache that is not used.
-        done = rows.map(
-            encode,
-            batched=True,
-            load_from_cache_file=False,
-            keep_in_memory=True,
-            new_fingerprint=datasets.fingerprint.generate_fingerprint(rows),
-            desc=f"tokenising {name}",
-        )
+        try:
+            done = rows.map(
+                encode,
+                batched=True,
+                batch_size=1000 if self.row_by_row else None,
+                remove_columns=None if self.row_by_row else rows.column_names,
+                load_from_cache_file=False,
+                keep_in_memory=True,
+                new_fingerprint=datasets.fingerprint.generate_fingerprint(rows),
+                desc=f"tokenising {name}",
+            )
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
         self.truncated[name] = cut
         if cut:
             logger.warning(
@@ -179,18 +184,19 @@ class Task(ABC):
             )
         return done
 
-    def tokens(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> tuple[dict[str, list[Any]], int]:
-        """Tokenise texts or pairs of texts: ``(model inputs, how many were cut to max_length)``."""
-        pairs = None if pairs is None else list(pairs)
-        out = self.tokenizer(list(texts), pairs, truncation=True, max_length=self.max_length)
+    def tokens(
+        self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str] | None = None
+    ) -> tuple[dict[str, list[Any]], list[int]]:
+        """Tokenise texts or pairs of texts: ``(model inputs, which texts were cut to max_length)``."""
+        second = None if pairs is None else list(pairs)
+        out = tokenizer(list(texts), second, truncation=True, max_length=self.max_length)
         full = [i for i, ids in enumerate(out["input_ids"]) if len(ids) >= self.max_length]
-        cut = 0
+        cut: list[int] = []
         if full:
             # Only a text that fills max_length can have been cut: look at those again, whole.
-            whole = self.tokenizer(
-                [texts[i] for i in full], None if pairs is None else [pairs[i] for i in full], verbose=False
-            )
-            cut = sum(len(ids) > self.max_length for ids in whole["input_ids"])
+            rest = None if second is None else [second[i] for i in full]
+            whole = tokenizer([texts[i] for i in full], rest, verbose=False)["input_ids"]
+            cut = [i for i, ids in zip(full, whole, strict=True) if len(ids) > self.max_length]
         return {key: out[key] for key in MODEL_INPUTS if key in out}, cut
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -222,49 +228,16 @@ class Task(ABC):
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         return model
 
+    def with_positions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add ``position_ids`` (b, T) to a left-padded batch, so that each text's first real token is at 0.
+
+        A causal model counts positions from the row's start: one with absolute positions (GPT-2) would read a text
+        differently for every amount of padding before it. Right padding needs nothing of the kind.
+        """
+        if self.tokenizer.padding_side == "left":
+            batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return batch
+
     def head_options(self) -> dict[str, Any]:
         """What ``from_pretrained`` must be told about the head."""
         return {}
-
-
-class LabelIndex:
-    """From labels as they stand in the data to class indices.
-
-    A label is found by its class name, or by its index (or the value it had in training, where the classes were
-    read off the training labels).
-    """
-
-    def __init__(self, names: Sequence[str], values: Sequence[Any] | None = None) -> None:
-        """Store the classes; ``values`` are what stands in the data for each, by default 0..K−1."""
-        self.names = tuple(str(name) for name in names)
-        if len(set(self.names)) < len(self.names):
-            raise ValueError(f"class_names has duplicates: {self.names}.")
-        self.index: dict[Any, int] = {name: i for i, name in enumerate(self.names)}
-        self.index.update({value: i for i, value in enumerate(values if values is not None else range(len(names)))})
-
-    def get(self, value: Any) -> int:
-        """The class index of a label, or −1 where it names no class."""
-        try:
-            return self.index.get(value, -1)
-        except TypeError:  # a list, a dict
-            return -1
-
-    def describe(self) -> str:
-        """The classes for a message, not all 150 of them."""
-        shown = ", ".join(repr(name) for name in self.names[:10])
-        return shown if len(self.names) <= 10 else f"{shown}, ... ({len(self.names)} in all)"
-
-
-def sorted_classes(table: Table, name: str, values: Sequence[Any]) -> LabelIndex:
-    """The classes of training labels: the distinct values, sorted; their names are the values as text.
-
-    Raises:
-        DataError: labels of several types, or fewer than two classes.
-    """
-    distinct = set(values)
-    if len({isinstance(value, str) for value in distinct}) > 1:
-        raise DataError(f"{table.origin}: '{name}' mixes text and numbers; give all labels one type.")
-    ordered = sorted(distinct)
-    if len(ordered) < 2:
-        raise DataError(f"{table.origin}: every '{name}' is {ordered[0]!r}; classification needs two classes or more.")
-    return LabelIndex([str(value) for value in ordered], ordered)

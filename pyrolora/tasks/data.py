@@ -131,7 +131,7 @@ def read(source: Source, *, split: str, text_columns: Sequence[str] = ()) -> Tab
         DataError: the source cannot be read, or has no rows.
     """
     if isinstance(source, datasets.Dataset):
-        table = Table(f"the {split} data set", source)
+        table = Table(f"the {split} data set", source.with_format(None))
     elif isinstance(source, (datasets.DatasetDict, datasets.IterableDataset)):
         raise DataError(
             f"the {split} split must be one datasets.Dataset, not {type(source).__name__}; pass data['{split}']."

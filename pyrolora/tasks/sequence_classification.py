@@ -13,8 +13,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from pyrolora.likelihoods.base import Likelihood
 from pyrolora.likelihoods.categorical import Categorical
 from pyrolora.likelihoods.normal import Normal
-from pyrolora.tasks.base import LabelIndex, Task, sorted_classes
-from pyrolora.tasks.data import Problem, Source, Table, missing, stop_at, text_problems
+from pyrolora.tasks.base import Task
+from pyrolora.tasks.data import Problem, Source, Table, missing, text_problems
+from pyrolora.tasks.labels import LabelIndex, classes_of
 
 
 class SequenceClassification(Task):
@@ -92,31 +93,11 @@ class SequenceClassification(Task):
             likelihood = Normal()
         else:
             if self._index is None:
-                self._index = self._declared(table)
+                self._index = classes_of(table, self.label)
             self.class_names = self._index.names
             self.num_labels = len(self.class_names)
             likelihood = Categorical(self.num_labels)
         self.likelihood = likelihood
-
-    def _declared(self, table: Table) -> LabelIndex:
-        declared = table.class_label(self.label)
-        if declared is not None:
-            return LabelIndex(declared)
-        values = table.column(self.label)
-        stop_at(table, ((row, reason) for row, value in enumerate(values) if (reason := self._unusable(value))))
-        return sorted_classes(table, self.label, values)
-
-    def _unusable(self, value: Any) -> str | None:
-        """Why a value can be no class whatever the classes are."""
-        if missing(value):
-            return f"no '{self.label}'"
-        if isinstance(value, (int, float)) and (value < 0 or value != int(value)):
-            return (
-                f"'{self.label}' {value!r} is not a class index; mark rows without a class as out-of-distribution data"
-            )
-        if not isinstance(value, (str, int, float)):
-            return f"'{self.label}' is {type(value).__name__} {value!r}, not a class index or name"
-        return None
 
     def content_problems(self, table: Table) -> Iterable[Problem]:
         """Rows whose texts are missing, empty, or not text."""
@@ -138,14 +119,14 @@ class SequenceClassification(Task):
         """Tokenise texts (or pairs, with token types where the tokenizer has them)."""
         texts = rows[self.text]
         pairs = None if self.text_pair is None else rows[self.text_pair]
-        columns, cut = self.tokens(texts, pairs)
+        columns, cut = self.tokens(self.tokenizer, texts, pairs)
         columns["text"] = (
             texts if pairs is None else [f"{first}\n{second}" for first, second in zip(texts, pairs, strict=True)]
         )
         labels = rows.get(self.label, [None] * len(texts))
         index = self._index
         columns["labels"] = [_number(value) if index is None else index.get(value) for value in labels]
-        return columns, cut
+        return columns, len(cut)
 
     def label_tensor(self, labels: list[Any]) -> Tensor:
         """Class indices (int64), or numbers (float32) for regression; shape (b,)."""
