@@ -1,0 +1,202 @@
+"""Site groups: PEFT's adapter parameters of one kind and shape, stacked over layers.
+
+A 7B model has hundreds of adapter matrices. One Pyro site for each would cost hundreds of milliseconds a step in
+Python, so the matrices that belong together form one site of shape ``(layers, *matrix)``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+DIMS = {"A": ("rank", "in_feature"), "B": ("out_feature", "rank")}
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot become a sample site; the message names the module and says what to change."""
+
+
+@dataclass(frozen=True)
+class SiteGroup:
+    """Adapter parameters of one kind and shape, stacked over layers: one Pyro sample site.
+
+    Shape: ``(layers, *event_shape)``, where ``event_shape`` is that of one parameter as PEFT stores it:
+    ``(rank, in_features)`` for ``lora_A``, ``(out_features, rank)`` for ``lora_B``.
+
+    Attributes:
+        name: The Pyro site, for instance ``lora.q_proj.A`` or ``head.classifier.weight``.
+        role: ``"A"``, ``"B"`` or ``"head"``.
+        holders: For each layer the module that holds the parameter, and the parameter's name there.
+        layers: For each layer the name of the adapted module in the base model.
+        shape: ``(layers, *event_shape)``.
+        dims: Names of the dimensions, the first is ``layer``.
+        scaling: PEFT's ``lora_alpha / r`` (or rsLoRA's) for each layer; ones for a head.
+        dtype: The type in which PEFT keeps the parameter.
+    """
+
+    name: str
+    role: str
+    holders: tuple[tuple[str, str], ...]
+    layers: tuple[str, ...]
+    shape: torch.Size
+    dims: tuple[str, ...]
+    scaling: tuple[float, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_layers(self) -> int:
+        return self.shape[0]
+
+    @property
+    def event_shape(self) -> torch.Size:
+        return self.shape[1:]
+
+    @property
+    def event_dim(self) -> int:
+        return len(self.shape) - 1
+
+    @property
+    def fan_in(self) -> int:
+        """Number of inputs that one output of this parameter sums over: its last dimension (1 for a bias)."""
+        return self.shape[-1] if self.event_dim > 1 else 1
+
+    @property
+    def plate(self) -> str:
+        """Name of the plate over layers, shared by the A and the B of one kind."""
+        return f"{self.name.rsplit('.', 1)[0]}.layers" if self.role != "head" else f"{self.name}.layers"
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """One adapter parameter as found in the model, before stacking."""
+
+    kind: str
+    role: str
+    layer: str
+    holder: tuple[str, str]
+    value: Tensor
+    scaling: float
+    partner: torch.Size
+
+
+def find_sites(model: PeftModel, *, adapter: str = "default") -> dict[str, SiteGroup]:
+    """Groups all adapter parameters of a PEFT model into sites.
+
+    Layers are of one group when the last part of their name (``q_proj``) and the shapes of both A and B agree. A
+    second shape under the same name becomes ``lora.q_proj.1.A``, and so on. Every parameter under
+    ``modules_to_save`` is a group of one layer, ``head.<name>``.
+
+    Args:
+        model: A model into which PEFT has injected LoRA.
+        adapter: PEFT's name of the adapter.
+
+    Returns:
+        Site name to group, in the order of the model's modules, A before B.
+
+    Raises:
+        AdapterError: A module that cannot be served (DoRA, LoRA bias, convolution, ...), or no adapters at all.
+    """
+    groups: dict[tuple, list[_Parameter]] = {}
+    for parameter in _parameters(model, adapter):
+        shape = parameter.value.shape
+        groups.setdefault((parameter.kind, parameter.role, shape, parameter.partner), []).append(parameter)
+    if not groups:
+        raise AdapterError(f"adapter {adapter!r} has no LoRA parameters; check target_modules and the adapter's name")
+    return _named(groups)
+
+
+def _named(groups: Mapping[tuple, list[_Parameter]]) -> dict[str, SiteGroup]:
+    sites: dict[str, SiteGroup] = {}
+    for (kind, role, _, _), found in groups.items():
+        name = _free_name(kind, role, sites)
+        event = found[0].value.shape
+        dims = DIMS.get(role) or (("out_feature", "in_feature") if len(event) == 2 else ("feature",))
+        sites[name] = SiteGroup(
+            name=name,
+            role=role,
+            holders=tuple(p.holder for p in found),
+            layers=tuple(p.layer for p in found),
+            shape=torch.Size((len(found), *event)),
+            dims=("layer", *(dims if len(dims) == len(event) else (f"dim_{i}" for i in range(len(event))))),
+            scaling=tuple(p.scaling for p in found),
+            dtype=found[0].value.dtype,
+        )
+    return sites
+
+
+def _free_name(kind: str, role: str, taken: Mapping[str, SiteGroup]) -> str:
+    if role == "head":
+        return f"head.{kind}"
+    candidates = (f"lora.{kind}{'' if i == 0 else f'.{i}'}.{role}" for i in range(len(taken) + 1))
+    return next(name for name in candidates if name not in taken)
+
+
+def _parameters(model: PeftModel, adapter: str) -> Iterator[_Parameter]:
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield from _lora_parameters(path, module, adapter)
+        elif isinstance(module, ModulesToSaveWrapper):
+            yield from _head_parameters(path, module, adapter)
+        elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            raise AdapterError(
+                f"{path}: {type(module).__name__} is not LoRA. Use a plain peft.LoraConfig "
+                "(no trainable_token_indices) with heads in modules_to_save."
+            )
+
+
+def _lora_parameters(path: str, module: LoraLayer, adapter: str) -> Iterator[_Parameter]:
+    if adapter not in module.r:
+        return
+    _check_served(path, module, adapter)
+    if adapter in module.lora_embedding_A:
+        holders = [(f"{path}.lora_embedding_A", adapter), (f"{path}.lora_embedding_B", adapter)]
+        a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+    else:
+        holders = [(f"{path}.lora_A.{adapter}", "weight"), (f"{path}.lora_B.{adapter}", "weight")]
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    layer = re.sub(r"^base_model\.model\.", "", path)
+    kind = _kind(layer, module)
+    scaling = float(module.scaling[adapter])
+    yield _Parameter(kind, "A", layer, holders[0], a, scaling, b.shape)
+    yield _Parameter(kind, "B", layer, holders[1], b, scaling, a.shape)
+
+
+def _kind(layer: str, module: LoraLayer) -> str:
+    # PEFT nests one ParamWrapper in another (".base_layer") where several 3-D expert parameters are adapted.
+    parts = [part for part in layer.split(".") if part != "base_layer"]
+    parameter = getattr(module, "parameter_name", None)
+    return parts[-1] if parameter is None else f"{parts[-1]}.{parameter}"
+
+
+def _check_served(path: str, module: LoraLayer, adapter: str) -> None:
+    if adapter in module.lora_variant or adapter in module.lora_magnitude_vector:
+        raise AdapterError(f"{path}: only plain LoRA can be sampled, not a variant (DoRA, aLoRA, ...). Turn it off.")
+    if module.lora_bias.get(adapter, False):
+        raise AdapterError(f"{path}: lora_bias=True adds a bias to lora_B that has no site. Set lora_bias=False.")
+    if module.merged:
+        raise AdapterError(f"{path}: the adapter is merged into the base weight. Call unmerge_adapter() first.")
+    matrices = [module.lora_A[adapter], module.lora_B[adapter]] if adapter in module.lora_A else []
+    if any(not isinstance(matrix, nn.Linear) for matrix in matrices) or type(module).__name__ == "MultiheadAttention":
+        raise AdapterError(
+            f"{path}: LoRA on {type(module.get_base_layer()).__name__} cannot be sampled (linear, Conv1D, embedding and "
+            "3-D expert parameters can). Leave it out of target_modules."
+        )
+
+
+def _head_parameters(path: str, module: ModulesToSaveWrapper, adapter: str) -> Iterator[_Parameter]:
+    if adapter not in module.modules_to_save:
+        return
+    layer = re.sub(r"^base_model\.model\.", "", path)
+    root = f"{path}.modules_to_save.{adapter}"
+    for name, value in module.modules_to_save[adapter].named_parameters():
+        inner, _, parameter = name.rpartition(".")
+        holder = (f"{root}.{inner}" if inner else root, parameter)
+        yield _Parameter(f"{layer}.{name}", "head", layer, holder, value, 1.0, torch.Size())

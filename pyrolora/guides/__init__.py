@@ -1,0 +1,7 @@
+"""Guides: interchangeable approximations of one and the same program's posterior."""
+
+from pyrolora.guides.base import Guide
+from pyrolora.guides.map import MAP
+from pyrolora.guides.mean_field import MeanField
+
+__all__ = ["MAP", "Guide", "MeanField"]

@@ -1,0 +1,173 @@
+"""The guide contract: how a posterior over the program's latent sites is approximated.
+
+A guide is a callable module with the program's argument. It samples every latent site once, from its family *at the
+site*, so that closed-form KLs apply, and returns ``{site: value}``. It knows nothing of the base model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
+
+import pyro
+import pyro.distributions as dist
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from pyrolora.program import Batch, Latent, PyroLoRA
+
+
+class Guide(nn.Module):
+    """Base class of all guides.
+
+    Life of a guide: construct (stores its arguments), `bind` (creates parameters for a program's sites), fit, draw.
+    `fit` binds a copy, so one guide object serves many fits and programs.
+
+    To write one, implement `family`: the distribution at a random site, and `initialise`: its parameters. Sites that
+    are not random get a point estimate under the same declared prior.
+
+    Args:
+        random: Shell-style pattern(s) of the site names that are random, ``"*.A"`` for instance.
+    """
+
+    def __init__(self, *, random: str | Sequence[str] = "*"):
+        super().__init__()
+        self.random = random
+        self.latents: dict[str, Latent] = {}
+        self.points = nn.ParameterDict()
+
+    # -- a guide with random sites implements these three ------------------------------------------------------------
+
+    def initialise(self, latent: Latent) -> None:
+        """Creates the parameters of one random site, starting at ``latent.start``."""
+        raise self._without_family(latent)
+
+    def family(self, latent: Latent) -> TorchDistributionMixin:
+        """The approximate posterior of one random site: batch ``(layers,)``, event as the site's."""
+        raise self._without_family(latent)
+
+    def centre(self, latent: Latent) -> Tensor:
+        """The value of one random site that stands for the whole posterior (its mean): ``latent.shape``."""
+        raise self._without_family(latent)
+
+    # -- and may change these ----------------------------------------------------------------------------------------
+
+    def parameter_groups(self, learning_rate: float) -> list[dict]:
+        """Optimiser groups; guides whose log-scales need another learning rate give them one of their own."""
+        return [{"params": list(self.parameters()), "lr": learning_rate}]
+
+    def hooks(self, program: PyroLoRA) -> AbstractContextManager:
+        """What stands on the base model while the guide trains: noise in activation space, for instance."""
+        return contextlib.nullcontext()
+
+    def post_fit(self, program: PyroLoRA) -> None:
+        """A second stage after the optimiser's last step; most guides have none."""
+
+    # -- what every guide does ---------------------------------------------------------------------------------------
+
+    def bind(self, program: PyroLoRA) -> None:
+        """Creates parameters for a program's latent sites, from PEFT's present weights; writes nothing on the program.
+
+        Raises:
+            ValueError: A `random` pattern that matches no site, or only sites with a flat prior.
+        """
+        self.latents = dict(program.latents)
+        self._check_patterns()
+        self.points = nn.ParameterDict()
+        for latent in self.latents.values():
+            if self.is_random(latent):
+                self.initialise(latent)
+            elif not self._is_held(latent):
+                self.points[key(latent)] = nn.Parameter(unconstrained(latent))
+
+    def forward(self, batch: Batch | None = None) -> dict[str, Tensor]:
+        """Samples every latent site once.
+
+        Args:
+            batch: The program's argument; guides without local latent variables do not look at it.
+
+        Returns:
+            ``{site: value}`` in the model's order.
+        """
+        plates: dict[str | None, AbstractContextManager] = {None: contextlib.nullcontext()}
+        values = {}
+        for name, latent in self.latents.items():
+            if latent.plate not in plates:
+                assert latent.plate is not None
+                plates[latent.plate] = pyro.plate(latent.plate, latent.shape[0], dim=-1)
+            with plates[latent.plate]:
+                values[name] = pyro.sample(name, self.distribution(latent))
+        return values
+
+    def distribution(self, latent: Latent) -> TorchDistributionMixin:
+        """The guide's distribution at a site: its family where random, a Delta elsewhere."""
+        if self.is_random(latent):
+            return self.family(latent)
+        return dist.Delta(self.point(latent), event_dim=latent.event_dim)
+
+    def point(self, latent: Latent) -> Tensor:
+        """The point estimate of a site that is not random."""
+        if self._is_held(latent):
+            return latent.start
+        return biject_to(latent.support)(self.points[key(latent)])
+
+    def mean(self) -> dict[str, Tensor]:
+        """One value for every site that stands for the whole posterior: ``{site: value}``, detached."""
+        return {
+            name: (self.centre(latent) if self.is_random(latent) else self.point(latent)).detach()
+            for name, latent in self.latents.items()
+        }
+
+    def is_random(self, latent: Latent) -> bool:
+        """Whether a site has a distribution rather than a point estimate.
+
+        Adapter sites: by the `random` pattern, and never under a flat prior. Hyper-parameters of a prior: where the
+        weights that they govern are random. The likelihood's own parameters: by the pattern.
+        """
+        owner = self._owner(latent)
+        if owner is not None and owner is not latent:
+            return self.is_random(owner)
+        return not latent.flat and matches(latent.name, self.random)
+
+    def random_sites(self) -> list[str]:
+        """Names of the sites that have a distribution."""
+        return [name for name, latent in self.latents.items() if self.is_random(latent)]
+
+    def _without_family(self, latent: Latent) -> TypeError:
+        name = type(self).__name__
+        return TypeError(f"{name} makes {latent.name!r} random: it must implement initialise, family and centre")
+
+    def _is_held(self, latent: Latent) -> bool:
+        # Scale and weights have no useful joint mode: the density is unbounded as both shrink to zero.
+        owner = self._owner(latent)
+        return owner is not None and owner is not latent and not self.is_random(owner)
+
+    def _owner(self, latent: Latent) -> Latent | None:
+        """The adapter site that a latent is, or whose hyper-parameter it is; None for the likelihood's parameters."""
+        if latent.group is not None:
+            return latent
+        return next((o for o in self.latents.values() if o.group and latent.name.startswith(f"{o.name}.")), None)
+
+    def _check_patterns(self) -> None:
+        for pattern in [self.random] if isinstance(self.random, str) else self.random:
+            found = [latent for latent in self.latents.values() if fnmatchcase(latent.name, pattern)]
+            if not found:
+                raise ValueError(f"random={pattern!r} matches no site; the sites are {', '.join(self.latents)}")
+
+
+def key(latent: Latent) -> str:
+    """The site's name as a parameter name: torch forbids dots there."""
+    return latent.name.replace(".", "/")
+
+
+def matches(name: str, patterns: str | Iterable[str]) -> bool:
+    """Whether a site name matches one of the shell-style patterns."""
+    return any(fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
+
+
+def unconstrained(latent: Latent) -> Tensor:
+    """The starting value of a site on the unconstrained scale, a fresh tensor."""
+    return biject_to(latent.support).inv(latent.start).detach().clone()

@@ -1,0 +1,20 @@
+"""Inference: fit, posterior, prediction."""
+
+from pyrolora.inference.archive import ArchiveError
+from pyrolora.inference.elbo import Objective, TemperedELBO
+from pyrolora.inference.fit import default_arguments, fit
+from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.prediction import Prediction
+from pyrolora.inference.trainer import ELBOTrainer, NonFiniteError
+
+__all__ = [
+    "ArchiveError",
+    "ELBOTrainer",
+    "NonFiniteError",
+    "Objective",
+    "Posterior",
+    "Prediction",
+    "TemperedELBO",
+    "default_arguments",
+    "fit",
+]

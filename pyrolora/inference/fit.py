@@ -1,0 +1,118 @@
+"""``fit``: from a program, a guide and data to a posterior."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from pyrolora.guides.base import Guide
+from pyrolora.inference.elbo import Objective
+from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.randomness import isolated
+from pyrolora.inference.trainer import ELBOTrainer, NonFiniteError, last_checkpoint
+from pyrolora.program import PyroLoRA
+
+
+def default_arguments(output_dir: str | Path | None = None, *, seed: int = 0) -> TrainingArguments:
+    """The training arguments that `fit` uses where none are given: suited to hundreds of examples on a small model.
+
+    Args:
+        output_dir: Where checkpoints go, one an epoch; None keeps none.
+        seed: Of data order, initial noise and draws.
+    """
+    return TrainingArguments(
+        output_dir=str(output_dir or tempfile.gettempdir()),
+        learning_rate=2e-3,
+        num_train_epochs=12,
+        per_device_train_batch_size=16,
+        warmup_steps=0.06,
+        logging_steps=10,
+        save_strategy="epoch" if output_dir else "no",
+        save_total_limit=2,
+        report_to="none",
+        seed=seed,
+    )
+
+
+def fit(
+    program: PyroLoRA,
+    guide: Guide,
+    train: Dataset | None = None,
+    args: TrainingArguments | None = None,
+    *,
+    temperature: float = 1.0,
+    num_particles: int = 1,
+    validation: Dataset | None = None,
+    resume: bool = False,
+) -> Posterior:
+    """Fits a guide to a program by maximising ``L_β`` with `transformers.Trainer`.
+
+    Works on a copy of the guide: the one given is not changed, can be fitted again, and no other posterior changes.
+    The caller's random state is not changed either.
+
+    Args:
+        program: The Pyro model.
+        guide: Any guide.
+        train: The training split; default ``program.task.train``.
+        args: All of the Trainer's arguments; default `default_arguments`.
+        temperature: β of the objective; 1 is the ELBO. Recorded in the posterior.
+        num_particles: Draws per step.
+        validation: Split for ``eval_strategy``; default ``program.task.validation`` where one is asked for.
+        resume: Continue from the last complete checkpoint in ``args.output_dir``, to the bit on a CPU.
+
+    Returns:
+        The posterior.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the objective or its gradient; the last good state is in
+            ``args.output_dir/last-good`` (a posterior folder).
+        ValueError: No training data, or ``num_data`` that differs from its size.
+    """
+    train = _training_split(program, train)
+    args = args or default_arguments()
+    if validation is None and program.task is not None and args.eval_strategy != "no":
+        validation = program.task.validation
+    guide = copy.deepcopy(guide)
+    with isolated(args.seed):
+        guide.bind(program)
+        guide.to(program.device)
+        objective = Objective(program, guide, temperature, num_particles)
+        args = copy.copy(args)
+        args.remove_unused_columns = False
+        assert program.task is not None
+        trainer = ELBOTrainer(
+            objective, args=args, train_dataset=train, eval_dataset=validation, data_collator=program.task.collate
+        )
+        checkpoint = last_checkpoint(args.output_dir) if resume else None
+        mode = program.model.training
+        posterior = Posterior(program, guide, temperature=temperature, seed=args.seed)
+        try:
+            with guide.hooks(program):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except NonFiniteError as error:
+            folder = posterior.save_pretrained(Path(args.output_dir) / "last-good")
+            raise NonFiniteError(f"{error} The last good state is in {folder}.") from None
+        finally:
+            program.model.train(mode)
+        guide.eval()
+        posterior.history = trainer.state.log_history
+        guide.post_fit(program)
+    return posterior
+
+
+def _training_split(program: PyroLoRA, train: Dataset | None) -> Dataset:
+    if program.task is None:
+        raise ValueError("fit needs the program's task for its data and collation: PyroLoRA(..., task=task)")
+    train = program.task.train if train is None else train
+    if train is None or len(train) == 0:
+        raise ValueError("there is no training data: give fit a train split")
+    if len(train) != program.num_data:
+        raise ValueError(
+            f"the program weighs the prior against N = {program.num_data} examples, the training split has {len(train)}. "
+            "Build the task on the split that you fit."
+        )
+    return train

@@ -1,0 +1,249 @@
+"""The posterior: what `fit` returns, and all that one does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyrolora.adapters.checkpoint import export_adapter, fingerprint
+from pyrolora.guides.base import Guide
+from pyrolora.inference import archive
+from pyrolora.inference.archive import ArchiveError
+from pyrolora.inference.predict import Runner, log_likelihood, log_probabilities
+from pyrolora.inference.prediction import Prediction, PredictionBuilder
+from pyrolora.inference.randomness import isolated, spawn
+from pyrolora.priors.base import Prior
+from pyrolora.program import PyroLoRA
+from pyrolora.tasks.base import Task
+
+
+class Posterior:
+    """An approximate posterior over the adapters: a program and a fitted guide.
+
+    Args:
+        program: The Pyro model.
+        guide: A guide bound to it.
+        temperature: β of the objective that was maximised.
+        seed: Of the fit.
+
+    Attributes:
+        history: What the Trainer logged: objective, data term and KL of each site, in nats per training example.
+        scaling: Temperature τ of the predictive, set by calibration; 1 changes nothing.
+    """
+
+    def __init__(self, program: PyroLoRA, guide: Guide, *, temperature: float = 1.0, seed: int = 0):
+        self.program = program
+        self.guide = guide
+        self.temperature = temperature
+        self.seed = seed
+        self.history: list[dict[str, Any]] = []
+
+    # -- draws -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def draw(self, num_draws: int = 1, *, seed: int = 0) -> dict[str, Tensor]:
+        """Draws every site of the posterior.
+
+        Draw s depends on ``seed`` and s alone, so that more draws extend fewer, and all inputs see the same ones.
+
+        Returns:
+            ``{site: (num_draws, *site_shape)}``.
+        """
+        if num_draws < 1:
+            raise ValueError(f"num_draws is at least 1, not {num_draws}")
+        self.guide.eval()
+        rows = []
+        with poutine.block():
+            for s in range(num_draws):
+                with isolated(spawn(seed, s)):
+                    rows.append(self.guide())
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def mean(self) -> dict[str, Tensor]:
+        """One value of every site that stands for the whole posterior, ``{site: site_shape}``."""
+        return self.guide.mean()
+
+    # -- predictions -------------------------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        data: Dataset,
+        num_draws: int = 16,
+        *,
+        seed: int = 0,
+        batch_size: int = 32,
+        chunk_size: int = 8,
+        vectorise: bool = True,
+    ) -> Prediction:
+        """The posterior predictive over classes: probabilities averaged over draws.
+
+        Args:
+            data: A tokenised split of the task (`task.test`, or `task.tokenise(rows)`).
+            num_draws: S; 0 uses the posterior's mean weights in place of draws. A guide without random sites runs once.
+            seed: Of the draws.
+            batch_size: Rows at once.
+            chunk_size: Draws at once.
+            vectorise: Whether draws run together under `torch.vmap`.
+        """
+        self._check_data(data)
+        runner = self._runner(num_draws, seed, chunk_size, vectorise)
+        used = len(next(iter(runner.draws.values()))) if runner.draws else 1
+        builder = PredictionBuilder(len(data), used, self._class_names())
+        order: list[int] = []
+        for rows, values in runner.run(log_probabilities(self.program), data, batch_size=batch_size):
+            builder.add(values)
+            order += rows
+        columns = {name: data[name][:] for name in ("labels", "text") if name in data.column_names}
+        return builder.build(torch.tensor(order), columns)
+
+    def log_likelihood(
+        self, data: Dataset, num_draws: int = 16, *, seed: int = 0, batch_size: int = 32, chunk_size: int = 8
+    ) -> Tensor:
+        """``log p(y_n | x_n, θ_s)`` in nats, ``(S, n)``: what LOO, WAIC and perplexity are made from."""
+        self._check_data(data)
+        runner = self._runner(num_draws, seed, chunk_size, vectorise=True)
+        parts, order = [], []
+        for rows, values in runner.run(log_likelihood(self.program), data, batch_size=batch_size):
+            parts.append(values.cpu())
+            order += rows
+        return torch.cat(parts, 1)[:, torch.argsort(torch.tensor(order))]
+
+    def _runner(self, num_draws: int, seed: int, chunk_size: int, vectorise: bool) -> Runner:
+        random = set(self.guide.random_sites()) if num_draws > 0 else set()
+        fixed = {name: value for name, value in self.mean().items() if name not in random}
+        draws = {name: value for name, value in self.draw(num_draws, seed=seed).items() if name in random} if random else {}
+        return Runner(self.program, draws, fixed, chunk_size=chunk_size, vectorise=vectorise)
+
+    def _check_data(self, data: Dataset) -> None:
+        if not isinstance(data, Dataset):
+            raise TypeError(
+                f"data is a {type(data).__name__}, not a tokenised datasets.Dataset: use a split of the task, or "
+                "task.tokenise(...) for new rows"
+            )
+        if len(data) == 0:
+            raise ValueError("the data set is empty")
+
+    def _class_names(self) -> tuple[str, ...]:
+        return self.program.task.class_names if self.program.task is not None else ()
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes the posterior: ``posterior.safetensors``, ``posterior.json``, and PEFT's ``adapter_config.json``.
+
+        The base weights are not in it, only their fingerprint.
+        """
+        folder = Path(folder)
+        config = self.program.model.peft_config[self.program.adapter_name]
+        archive.write(folder, state=self.guide.state_dict(), meta=self._meta())
+        config.save_pretrained(str(folder))
+        return folder
+
+    def _meta(self) -> dict[str, Any]:
+        program = self.program
+        return {
+            "guide": archive.describe(self.guide),
+            "priors": archive.describe(program.declared),
+            "likelihood": archive.describe(program.likelihood),
+            "num_data": program.num_data,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "class_names": list(self._class_names()),
+            "sites": {name: list(site.shape) for name, site in program.sites.items()},
+            "fingerprint": fingerprint(program.model),
+            "versions": {name: version(name) for name in ("torch", "pyro-ppl", "peft", "transformers")},
+            "history": self.history,
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        base_model: nn.Module,
+        *,
+        task: Task | None = None,
+        priors: Mapping[str, Prior] | None = None,
+    ) -> Posterior:
+        """Loads a posterior onto a base model.
+
+        Args:
+            folder: What `save_pretrained` wrote.
+            base_model: The same base model, without adapters. The adapters are injected into it.
+            task: For predictions: the data's tokenizer and collation.
+            priors: Needed where a prior was somebody's own function, which no file can hold.
+
+        Raises:
+            ArchiveError: Missing, truncated or foreign files, another base model, or other sites.
+        """
+        folder = Path(folder)
+        meta, state = archive.read_meta(folder), archive.read_state(folder)
+        where = str(folder / "posterior.json")
+        if priors is None:
+            priors = archive.rebuild(meta["priors"], where=where)
+            if custom := [pattern for pattern, prior in priors.items() if not callable(prior)]:
+                raise ArchiveError(f"{where}: the prior(s) for {custom} are code of yours: give priors= again")
+        if not (folder / "adapter_config.json").is_file():
+            raise ArchiveError(f"{folder / 'adapter_config.json'} does not exist")
+        config = LoraConfig.from_pretrained(str(folder))
+        likelihood = archive.rebuild(meta["likelihood"], where=where)
+        with isolated(0):
+            program = PyroLoRA(base_model, config, priors=priors, likelihood=likelihood, num_data=meta["num_data"])
+        program.task = task
+        _check_fits(program, meta, folder)
+        guide = archive.rebuild(meta["guide"], where=where)
+        guide.bind(program)
+        try:
+            guide.load_state_dict(state)
+        except RuntimeError as error:
+            raise ArchiveError(f"{folder / 'posterior.safetensors'} does not fit its posterior.json: {error}") from error
+        posterior = cls(program, guide.to(program.device), temperature=meta["temperature"], seed=meta["seed"])
+        posterior.history = meta["history"]
+        guide.eval()
+        return posterior
+
+    def export_peft(self, folder: str | Path, draw: str | int = "mean", *, seed: int = 0) -> Path:
+        """Writes one ordinary PEFT adapter: the posterior's mean, or draw number ``draw``.
+
+        The mean is for serving at no cost; n draws are n adapters, an ensemble for a multi-adapter server.
+
+        Args:
+            folder: Where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
+            draw: ``"mean"``, or the index of a draw (of those that `draw` gives for the same seed).
+            seed: Of the draws.
+        """
+        if draw == "mean":
+            values = self.mean()
+        elif isinstance(draw, int) and draw >= 0:
+            values = {name: value[draw] for name, value in self.draw(draw + 1, seed=seed).items()}
+        else:
+            raise ValueError(f'draw is "mean" or an index ≥ 0, not {draw!r}')
+        adapters = {name: value for name, value in values.items() if name in self.program.sites}
+        return export_adapter(self.program.model, self.program.placement, values=adapters, folder=folder)
+
+    def __repr__(self) -> str:
+        random = self.guide.random_sites()
+        size = sum(self.program.latents[name].shape.numel() for name in random)
+        return (
+            f"Posterior({type(self.guide).__name__}, β={self.temperature:g}, seed={self.seed}: "
+            f"{len(random)} of {len(self.program.latents)} sites random, {size:,} random numbers)"
+        )
+
+
+def _check_fits(program: PyroLoRA, meta: Mapping[str, Any], folder: Path) -> None:
+    sites = {name: list(site.shape) for name, site in program.sites.items()}
+    if sites != meta["sites"]:
+        raise ArchiveError(f"{folder}: made for sites {meta['sites']}, this base model has {sites}")
+    if fingerprint(program.model) != meta["fingerprint"]:
+        raise ArchiveError(
+            f"{folder}: the base model's weights are not those that the posterior was fitted on (their fingerprints "
+            "differ). Load the same checkpoint; a head that is not in modules_to_save is initialised at random and "
+            "cannot be the same twice."
+        )

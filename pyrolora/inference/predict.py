@@ -1,0 +1,128 @@
+"""Runs the base model under many draws: vectorised over draws, in batches, with common random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyrolora.program import PyroLoRA
+
+logger = logging.getLogger("pyrolora")
+
+Draws = Mapping[str, Tensor]
+Function = Callable[[Draws, Mapping[str, Tensor]], Tensor]
+
+
+class Runner:
+    """Evaluates a function of (one draw, batch) for all draws and batches of a data set.
+
+    Random sites are batched by `torch.vmap`, the others are placed as they are: whatever precedes the first random
+    layer is computed once for all draws. Architectures that vmap cannot follow (routing that depends on activations)
+    are run draw by draw, with the same numbers.
+
+    Args:
+        program: The Pyro model.
+        draws: Random sites, ``{site: (S, *shape)}``; the same draws serve every input.
+        fixed: Sites without randomness, ``{site: shape}``.
+        chunk_size: How many draws run at once; bounds memory.
+        vectorise: False runs draw by draw.
+    """
+
+    def __init__(
+        self, program: PyroLoRA, draws: Draws, fixed: Draws, *, chunk_size: int = 8, vectorise: bool = True
+    ):
+        self.program = program
+        self.draws = dict(draws)
+        self.fixed = dict(fixed)
+        self.chunk_size = chunk_size
+        self.vectorise = vectorise
+
+    @torch.no_grad()
+    def run(self, function: Function, data: Dataset, *, batch_size: int = 32) -> Iterator[tuple[list[int], Tensor]]:
+        """Yields ``(rows, values)`` batch by batch, longest texts first: ``values`` is ``(S, b, ...)``.
+
+        Args:
+            function: Of one draw (all sites) and a batch; its result has the batch first.
+            data: A tokenised split.
+            batch_size: Rows of a batch.
+        """
+        if self.program.task is None:
+            raise ValueError("prediction needs the program's task for its collation: PyroLoRA(..., task=task)")
+        order = _by_length(data)
+        plain = data.remove_columns([c for c in ("text",) if c in data.column_names])
+        with self._evaluating():
+            for start in tqdm(range(0, len(order), batch_size), desc="predict", delay=3, leave=False):
+                rows = order[start : start + batch_size]
+                batch = self.program.task.collate([plain[i] for i in rows])
+                batch = {name: value.to(self.program.device) for name, value in batch.items()}
+                yield rows, self.evaluate(function, batch)
+
+    @torch.no_grad()
+    def evaluate(self, function: Function, batch: Mapping[str, Tensor]) -> Tensor:
+        """The function under every draw for one batch: ``(S, b, ...)``."""
+        if not self.draws:
+            return function(self.fixed, batch).unsqueeze(0)
+        if self.vectorise:
+            try:
+                return torch.vmap(
+                    lambda draws: function({**self.fixed, **draws}, batch),
+                    randomness="same",
+                    chunk_size=self.chunk_size,
+                )(self.draws)
+            except RuntimeError as error:
+                if "vmap" not in str(error):
+                    raise
+                logger.info("this architecture cannot be vectorised over draws; running them one by one (%s)", error)
+                self.vectorise = False
+        size = next(iter(self.draws.values())).shape[0]
+        each = ({name: value[s] for name, value in self.draws.items()} for s in range(size))
+        return torch.stack([function({**self.fixed, **draws}, batch) for draws in each])
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        mode = self.program.model.training
+        self.program.model.eval()
+        try:
+            yield
+        finally:
+            self.program.model.train(mode)
+
+
+def log_probabilities(program: PyroLoRA) -> Function:
+    """``log softmax f(x; θ)`` over the likelihood's classes, ``(b, K)``."""
+
+    def function(draws: Draws, batch: Mapping[str, Tensor]) -> Tensor:
+        logits = program.logits(draws, batch)
+        return program.likelihood.probabilities(logits, likelihood_parameters(program, draws), batch).log()
+
+    return function
+
+
+def log_likelihood(program: PyroLoRA) -> Function:
+    """``log p(y_n | x_n, θ)``, ``(b,)``."""
+
+    def function(draws: Draws, batch: Mapping[str, Tensor]) -> Tensor:
+        logits = program.logits(draws, batch)
+        return program.likelihood.log_prob(logits, likelihood_parameters(program, draws), batch)
+
+    return function
+
+
+def likelihood_parameters(program: PyroLoRA, draws: Draws) -> dict[str, Tensor]:
+    """The likelihood's own parameters among the sites of a draw."""
+    return {name: value for name, value in draws.items() if name not in program.sites}
+
+
+def _by_length(data: Dataset) -> list[int]:
+    """Rows from long to short: little padding, and a batch that does not fit in memory fails at once."""
+    if "input_ids" not in data.column_names:
+        return list(range(len(data)))
+    lengths: list[Any] = [len(ids) if ids and not isinstance(ids[0], list) else sum(map(len, ids)) for ids in data["input_ids"]]
+    return sorted(range(len(data)), key=lambda i: -lengths[i])

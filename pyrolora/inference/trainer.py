@@ -1,0 +1,151 @@
+"""Training: `transformers.Trainer` over the ELBO, so that its arguments, callbacks and checkpoints are ours too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from pyrolora.inference.elbo import Objective, Terms
+
+
+class NonFiniteError(RuntimeError):
+    """The objective or a gradient is NaN or infinite; the message names the step, the rows and the sites."""
+
+
+class ELBOTrainer(Trainer):
+    """A `Trainer` whose model is an `Objective`.
+
+    The loss is ``−L_β / N`` of each (micro-)batch. It is a mean over the batch plus KL/N, so accumulation and data
+    parallelism, which average losses, count the KL exactly once per step.
+
+    Logs, in nats per training example: ``elbo`` (β = 1), ``objective`` (at the run's β), ``data``, ``kl``, and
+    ``kl/<site>`` for each site, each the mean over the steps since the last log.
+    """
+
+    def __init__(self, objective: Objective, **kwargs: Any):
+        args: TrainingArguments = kwargs["args"]
+        if args.weight_decay:
+            raise ValueError(
+                f"weight_decay={args.weight_decay} is a Normal prior in disguise. Declare it instead: priors.Normal(scale) "
+                "on the sites that should shrink."
+            )
+        self.objective = objective
+        self._terms: list[Terms] = []
+        super().__init__(model=objective, **kwargs)
+        self.loss_is_scaled_for_ga = False
+        self.add_callback(_FiniteGradients(objective))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(_Progress)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser of the training arguments over the guide's own parameter groups."""
+        if self.optimizer is None:
+            optimiser, options = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = self.objective.guide.parameter_groups(self.args.learning_rate)
+            self.optimizer = optimiser([{"weight_decay": 0.0, **group} for group in groups], **options)
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """``−L_β / N``, checked."""
+        loss = model(inputs)
+        terms = self.objective.elbo.terms
+        assert terms is not None
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(self._explain(terms, inputs))
+        if self.objective.training:
+            self._terms.append(terms)
+        return loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> tuple:
+        """Validation during training: the same objective, without its gradient."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the terms of the objective to what the Trainer logs."""
+        if self._terms and "loss" in logs:
+            logs = {**logs, **summary(self._terms, self.objective)}
+            self._terms = []
+        super().log(logs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
+        return 0
+
+    def _explain(self, terms: Terms, inputs: dict[str, Tensor]) -> str:
+        where = f"step {self.state.global_step + 1}: the objective is not finite."
+        bad_sites = [name for name, value in terms.kl.items() if not torch.isfinite(value)]
+        bad_sites += [name for name, p in self.objective.guide.named_parameters() if not torch.isfinite(p).all()]
+        rows = [] if terms.rows is None else (~torch.isfinite(terms.rows)).nonzero().flatten().tolist()
+        if bad_sites:
+            where += f" Not finite at site(s): {', '.join(bad_sites)}."
+        if rows:
+            where += f" Rows of the batch without a finite likelihood: {rows[:8]}{self._texts(inputs, rows)}."
+        return where + " Lower the learning rate, check the base model's weights, or narrow the prior."
+
+    def _texts(self, inputs: dict[str, Tensor], rows: list[int]) -> str:
+        task = self.objective.program.task
+        if task is None or "input_ids" not in inputs:
+            return ""
+        shown = [task.tokenizer.decode(inputs["input_ids"][row].flatten(), skip_special_tokens=True) for row in rows[:3]]
+        return " (" + "; ".join(repr(text[:80]) for text in shown) + ")"
+
+
+def summary(terms: list[Terms], objective: Objective) -> dict[str, float]:
+    """Means of the objective's terms over steps, in nats per training example."""
+    size = objective.program.num_data
+    data = torch.stack([t.data for t in terms]).mean().item() / size
+    kl = {name: torch.stack([t.kl[name] for t in terms]).mean().item() / size for name in terms[0].kl}
+    total = sum(kl.values())
+    beta = objective.elbo.temperature
+    named = {f"kl/{name}": value for name, value in kl.items()}
+    return {"elbo": data - total, "objective": data - beta * total, "data": data, "kl": total, **named}
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint that was written to its end; a kill while writing leaves one that was not.
+
+    The Trainer writes ``trainer_state.json`` last, so a checkpoint without a readable one is incomplete.
+    """
+    complete = []
+    for checkpoint in Path(folder).glob("checkpoint-*"):
+        try:
+            state = json.loads((checkpoint / "trainer_state.json").read_text())
+            complete.append((int(state["global_step"]), checkpoint))
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(complete)[1] if complete else None
+
+
+class _FiniteGradients(TrainerCallback):
+    """Stops before an update that would write NaN into the guide."""
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        named = [(n, p.grad) for n, p in self.objective.guide.named_parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
+        if not bool(torch.isfinite(norms).all()):
+            bad = [name for (name, _), norm in zip(named, norms, strict=True) if not torch.isfinite(norm)]
+            raise NonFiniteError(
+                f"step {state.global_step + 1}: the gradient of {', '.join(bad)} is not finite; the guide keeps its "
+                "state from before this step. Lower the learning rate or set max_grad_norm."
+            )
+
+
+class _Progress(ProgressCallback):
+    """The Trainer's progress bar, with the objective beside it in place of a printed line for each log."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs and "elbo" in logs:
+            self.training_bar.set_postfix(elbo=f"{logs['elbo']:.3f}", data=f"{logs['data']:.3f}", kl=f"{logs['kl']:.3f}")

@@ -1,0 +1,308 @@
+"""The probabilistic program: adapters drawn from their priors, placed on the base model, data observed."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyrolora.adapters.checkpoint import load_adapter
+from pyrolora.adapters.placement import Placement
+from pyrolora.adapters.sites import SiteGroup, find_sites
+from pyrolora.distributions.flat import Flat
+from pyrolora.likelihoods.base import Likelihood
+from pyrolora.priors.base import Prior, checked
+from pyrolora.priors.by_site import by_site
+from pyrolora.tasks.base import Task
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One latent site of the program, as a guide needs to know it.
+
+    Attributes:
+        name: The Pyro site.
+        plate: Name of the plate over layers that the site stands in, or None (hyper-parameters).
+        shape: Shape of a value.
+        event_dim: How many of its last dimensions are one event.
+        support: The constraint that values satisfy.
+        start: A starting value: PEFT's present weights for an adapter, the prior median for a hyper-parameter.
+        group: The site group for an adapter or head, None for a hyper-parameter.
+        prior_scale: Root mean square of the prior's standard deviation, for sizing a guide's first noise; for a
+            hyper-parameter 1, on the unconstrained scale.
+        flat: Whether the prior is improper, so that only a point estimate makes sense.
+    """
+
+    name: str
+    plate: str | None
+    shape: torch.Size
+    event_dim: int
+    support: constraints.Constraint
+    start: Tensor
+    group: SiteGroup | None
+    prior_scale: float
+    flat: bool
+
+
+class Sites(dict[str, SiteGroup]):
+    """Site name to `SiteGroup`; prints as a table."""
+
+    def table(self) -> list[tuple[str, str, str, str]]:
+        """Rows of name, shape, number of parameters and first adapted module."""
+        return [
+            (
+                name,
+                " × ".join(f"{d} {n}" for d, n in zip(s.dims, s.shape, strict=True)),
+                f"{s.shape.numel():,}",
+                s.layers[0],
+            )
+            for name, s in self.items()
+        ]
+
+    def __repr__(self) -> str:
+        rows = [("site", "shape", "parameters", "first module"), *self.table()]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
+
+
+class PyroLoRA(nn.Module):
+    """A Pyro model: ``θ ~ prior``, ``y_n ~ likelihood(base model with adapters θ, x_n)``.
+
+    ``log p(y, θ) = Σ_sites log p(θ_site) + Σ_n log p(y_n | x_n, θ)``; a minibatch of b counts N/b times.
+
+    It is an ordinary Pyro model: ``poutine.trace``, ``condition``, ``SVI``, ``Predictive`` and ``MCMC`` work on it.
+    Calling it with a batch draws every site, places the draw on PEFT's modules, runs the base model and observes the
+    labels. The base model's own weights never change.
+
+    Args:
+        model: A Hugging Face model (PEFT injects the adapters into it), or one that is a `PeftModel` already.
+        adapter: A `peft.LoraConfig`, or the folder of an adapter that PEFT saved (which is then where every guide
+            starts); None for a `PeftModel`.
+        priors: Site patterns to priors, the first match wins: ``{"*.A": Normal("fan_in"), "*.B": Normal(0.1)}``.
+        task: The data and their likelihood. Or else:
+        likelihood: A likelihood, and
+        num_data: the number of training examples N, which weighs the likelihood against the prior.
+
+    Attributes:
+        sites: The adapter sites; print it.
+        latents: All latent sites with the priors' and the likelihood's own hyper-parameters, in the model's order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: LoraConfig | str | Path | None = None,
+        *,
+        priors: Mapping[str, Prior],
+        task: Task | None = None,
+        likelihood: Likelihood | None = None,
+        num_data: int | None = None,
+    ):
+        super().__init__()
+        self.likelihood, self.num_data = _data_side(task, likelihood, num_data)
+        self.task = task
+        self.model = _inject(model, adapter)
+        # The program owns the adapters: they are drawn, not trained in place.
+        self.model.requires_grad_(False)
+        self.adapter_name = self.model.active_adapters[0]
+        self.declared = dict(priors)
+        self.sites = Sites(find_sites(self.model, adapter=self.adapter_name))
+        self.priors = by_site(priors, self.sites)
+        self.placement = Placement(self.model, self.sites)
+        self._recompute: list[Mapping[str, Tensor]] = []
+        self._watch_checkpointing()
+        self.latents = self._find_latents()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Runs the program once.
+
+        Args:
+            batch: Tensors as `Task.collate` makes them; without labels the data site is sampled, not observed.
+
+        Returns:
+            The likelihood's natural parameters, ``(b, K)`` for K classes.
+        """
+        draws, parameters = self.sample_latents()
+        logits = self.logits(draws, batch)
+        size = next(iter(batch.values())).shape[0]
+        # Indices are given so that the plate draws no random permutation of the whole data set at every step.
+        with pyro.plate("data", max(self.num_data, size), subsample=torch.arange(size)):
+            self.likelihood.observe(logits, parameters, batch)
+        return logits
+
+    def sample_latents(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Samples every latent site: the adapters, and the likelihood's own parameters."""
+        plates: dict[str, Any] = {}
+        draws: dict[str, Tensor] = {}
+        with self._on_device():
+            for name, site in self.sites.items():
+                fn = checked(self.priors[name], site)
+                if site.plate not in plates:
+                    plates[site.plate] = pyro.plate(site.plate, site.num_layers, dim=-1)
+                with plates[site.plate]:
+                    draws[name] = pyro.sample(name, fn)
+            return draws, self.likelihood.sample_parameters()
+
+    def logits(self, draws: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Natural parameters of the likelihood under one draw of the adapters; nothing is sampled.
+
+        Args:
+            draws: ``{site: value}``; absent sites keep the model's own weights.
+            batch: Tensors as `Task.collate` makes them.
+        """
+        adapters = {name: value for name, value in draws.items() if name in self.sites}
+        with self.placed(adapters):
+            output = self.model(**self.likelihood.forward_inputs(batch))
+        return self.likelihood.logits(output, batch)
+
+    @contextlib.contextmanager
+    def placed(self, draws: Mapping[str, Tensor]) -> Iterator[None]:
+        """Puts one draw on the model for the duration of the block; afterwards it is bitwise what it was."""
+        self._recompute.append(draws)
+        try:
+            with self.placement.placed(draws):
+                yield
+        finally:
+            self._recompute.pop()
+
+    @torch.no_grad()
+    def prior_predictive(self, batch: Batch, num_draws: int = 100, *, seed: int = 0) -> Tensor:
+        """Class probabilities that the priors imply before any fit.
+
+        A prior whose draws say 0.99 about every input, or 0.50 about all, is a strong belief: better seen now.
+
+        Args:
+            batch: A batch of inputs, as `Task.collate` makes them.
+            num_draws: Number of draws S.
+            seed: Of the draws.
+
+        Returns:
+            ``(num_draws, b, K)`` probabilities.
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.random.fork_rng(), poutine.block():
+                torch.manual_seed(seed)
+                rows = []
+                for _ in range(num_draws):
+                    draws, parameters = self.sample_latents()
+                    rows.append(self.likelihood.probabilities(self.logits(draws, batch), parameters, batch))
+                return torch.stack(rows)
+        finally:
+            self.model.train(training)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Turns on non-reentrant activation checkpointing, so that recomputation in backward sees the same draw.
+
+        Backward happens after the draw was taken off; a context saved with each checkpoint puts it back on for the
+        recomputation. `fit` calls this for ``TrainingArguments(gradient_checkpointing=True)``.
+        """
+        options = {"use_reentrant": False, "context_fn": self._recompute_context}
+        base: Any = self.model.get_base_model()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        # Left on, this hook breaks vectorised prediction; without re-entrance nothing needs it.
+        with contextlib.suppress(AttributeError):
+            base.disable_input_require_grads()
+
+    def _watch_checkpointing(self) -> None:
+        if getattr(self.model.get_base_model(), "is_gradient_checkpointing", False):
+            self.enable_activation_checkpointing()
+
+    def _recompute_context(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        draws = self._recompute[-1] if self._recompute else {}
+        return contextlib.nullcontext(), self.placement.placed(draws)
+
+    def _on_device(self) -> AbstractContextManager:
+        device = self.device
+        return contextlib.nullcontext() if device.type == "cpu" else device
+
+    def _find_latents(self) -> dict[str, Latent]:
+        with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+            torch.manual_seed(0)
+            nodes = poutine.trace(self.sample_latents).get_trace().nodes
+            start = {**self.placement.current(), **self._hyper_medians()}
+        latents = {}
+        for name, node in nodes.items():
+            if node["type"] != "sample" or node["is_observed"] or site_is_subsample(node):
+                continue
+            group = self.sites.get(name)
+            latents[name] = Latent(
+                name=name,
+                plate=group.plate if group else None,
+                shape=node["value"].shape,
+                event_dim=len(node["fn"].event_shape),
+                support=node["fn"].support,
+                start=start[name].float(),
+                group=group,
+                prior_scale=_rms_scale(node["fn"]) if group else 1.0,
+                flat=isinstance(node["fn"], Flat),
+            )
+        return latents
+
+    def _hyper_medians(self, num_draws: int = 101) -> dict[str, Tensor]:
+        """Medians of the hyper-parameters by simulation: they exist also where a mean does not (half-Cauchy)."""
+
+        def hyper_parameters() -> None:
+            for name, site in self.sites.items():
+                checked(self.priors[name], site)
+            self.likelihood.sample_parameters()
+
+        values: dict[str, list[Tensor]] = {}
+        for _ in range(num_draws):
+            for name, node in poutine.trace(hyper_parameters).get_trace().nodes.items():
+                if node["type"] == "sample" and not node["is_observed"]:
+                    values.setdefault(name, []).append(node["value"])
+        return {name: torch.stack(rows).median(0).values for name, rows in values.items()}
+
+
+def _rms_scale(fn: TorchDistributionMixin) -> float:
+    if isinstance(fn, Flat):
+        return 1.0
+    scale = float(fn.variance.mean().sqrt())
+    return scale if math.isfinite(scale) and scale > 0 else 1.0
+
+
+def _inject(model: nn.Module, adapter: LoraConfig | str | Path | None) -> PeftModel:
+    if isinstance(adapter, LoraConfig):
+        if adapter.bias != "none":
+            raise ValueError(f'LoraConfig(bias={adapter.bias!r}) trains base biases, which have no site: use bias="none"')
+        return get_peft_model(model, adapter)  # type: ignore[arg-type,return-value]
+    if adapter is not None:
+        return load_adapter(model, adapter)
+    if not isinstance(model, PeftModel):
+        raise TypeError("give a peft.LoraConfig or an adapter folder as the second argument, or a PeftModel as the first")
+    return model
+
+
+def _data_side(task: Task | None, likelihood: Likelihood | None, num_data: int | None) -> tuple[Likelihood, int]:
+    if task is not None and likelihood is None and num_data is None:
+        if task.train is None:
+            raise ValueError("the task has no training split, so the number of examples N is unknown; give num_data")
+        return task.likelihood, len(task.train)
+    if task is None and likelihood is not None and num_data is not None and num_data > 0:
+        return likelihood, num_data
+    raise TypeError("give either task=, or likelihood= and a positive num_data=")
