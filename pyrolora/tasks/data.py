@@ -32,7 +32,8 @@ class DataSource:
     """Where a split comes from, for hub data sets that need more than a name.
 
     Attributes:
-        path: a hub name, or a local file (.jsonl, .json, .csv, .tsv, .parquet, .txt; text files also as .gz).
+        path: a hub name, a folder laid out like a hub data set, or a local file (.jsonl, .json, .csv, .tsv, .parquet,
+            .txt; text files also as .gz).
         split: the hub split; by default the name of the split that it is used as.
         config: the hub configuration, such as "sst2" of "nyu-mll/glue".
     """
@@ -160,7 +161,7 @@ def _read_named(source: DataSource, split: str, text_columns: Sequence[str]) -> 
         if not path.is_file():
             raise DataError(f"{path}: no such file (wanted for the {split} split).")
         return readers[suffix](path)
-    if path.exists():
+    if path.is_file():
         raise DataError(f"{path}: cannot read '{suffix}' files; use one of {', '.join(readers)} (.gz for text).")
     hub_split = source.split or split
     rows = datasets.load_dataset(source.path, source.config, split=hub_split)
