@@ -1,0 +1,29 @@
+"""pyrolora: Bayesian low-rank adapters. One Pyro program over PEFT's adapters, many guides."""
+
+import pyro
+
+from pyrolora import guides, likelihoods, priors, tasks
+from pyrolora.diagnostics.compare import Comparison, compare
+from pyrolora.inference.fit import default_arguments, fit
+from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.prediction import Prediction
+from pyrolora.program import PyroLoRA
+from pyrolora.recipe import Recipe
+
+# Parameters live in their modules, not in Pyro's global store: two posteriors never share one.
+pyro.settings.set(module_local_params=True)
+
+__all__ = [
+    "Comparison",
+    "Posterior",
+    "Prediction",
+    "PyroLoRA",
+    "Recipe",
+    "compare",
+    "default_arguments",
+    "fit",
+    "guides",
+    "likelihoods",
+    "priors",
+    "tasks",
+]

@@ -2,7 +2,8 @@
 
 Every function takes `log_probabilities (n, K)`, the natural logarithm of the mean predictive
 p̄(k | x_n) = (1/S) Σ_s p(k | x_n, θ_s), and integer `labels (n,)`. Logarithms, because a very small probability rounds
-to 0 in single precision and then gives an infinite NLL; whoever computed it in log space keeps the true number. Nothing is clipped: a label of probability 0 has NLL = inf, and so has the mean.
+to 0 in single precision and then gives an infinite NLL; whoever computed it in log space keeps the true number.
+Nothing is clipped: a label of probability 0 has NLL = inf, and so has the mean.
 """
 
 from __future__ import annotations

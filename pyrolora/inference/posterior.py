@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from pyro import poutine
 from torch import Tensor, nn
+from xarray import DataTree
 
 from pyrolora.adapters.checkpoint import export_adapter, fingerprint
 from pyrolora.guides.base import Guide
-from pyrolora.inference import archive
+from pyrolora.inference import archive, datatree
 from pyrolora.inference.archive import ArchiveError
 from pyrolora.inference.predict import Runner, log_likelihood, log_probabilities
 from pyrolora.inference.prediction import Prediction, PredictionBuilder
 from pyrolora.inference.randomness import isolated, spawn
+from pyrolora.likelihoods.base import ClassLikelihood
 from pyrolora.priors.base import Prior
 from pyrolora.program import PyroLoRA
 from pyrolora.tasks.base import Task
@@ -65,7 +68,7 @@ class Posterior:
             for s in range(num_draws):
                 with isolated(spawn(seed, s)):
                     rows.append(self.guide())
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return _stack(rows)
 
     def mean(self) -> dict[str, Tensor]:
         """One value of every site that stands for the whole posterior, ``{site: site_shape}``."""
@@ -133,6 +136,70 @@ class Posterior:
 
     def _class_names(self) -> tuple[str, ...]:
         return self.program.task.class_names if self.program.task is not None else ()
+
+    # -- ArviZ -------------------------------------------------------------------------------------------------------
+
+    def to_datatree(
+        self,
+        data: Dataset | None = None,
+        num_draws: int = 100,
+        *,
+        var_names: str | Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> DataTree:
+        """The posterior as an ArviZ ``DataTree``.
+
+        Groups: ``posterior`` and ``prior`` with dims (chain, draw, layer, rank, ...); ``sample_stats`` with
+        ``log_prior`` and ``log_guide`` of each draw; given data, also ``log_likelihood``, ``posterior_predictive`` (for
+        class likelihoods) and ``observed_data``. Draws of a guide are independent: they are one chain, and R-hat within
+        it says nothing.
+
+        Args:
+            data: A tokenised split.
+            num_draws: S.
+            var_names: Patterns of the sites to include; a 7B model has too many numbers for all.
+            seed: Of the draws.
+
+        Raises:
+            ValueError: More than 20 million numbers in a group.
+        """
+        latents = datatree.select(self.program, var_names)
+        datatree.check_size(latents, num_draws)
+        draws, stats = self._draws_with_density(num_draws, seed)
+        groups = {
+            "posterior": {latent.name: datatree.as_chain(draws[latent.name]) for latent in latents},
+            "prior": datatree.prior_draws(self.program, latents, num_draws=num_draws, seed=seed),
+            "sample_stats": {name: datatree.as_chain(value) for name, value in stats.items()},
+        }
+        if data is not None:
+            groups |= self._data_groups(data, num_draws, seed)
+        return datatree.build(self.program, latents, groups, {"guide": repr(self), "temperature": self.temperature})
+
+    def _data_groups(self, data: Dataset, num_draws: int, seed: int) -> dict[str, dict[str, Any]]:
+        site = self.program.likelihood.site
+        values = self.log_likelihood(data, num_draws, seed=seed)
+        # Without random sites there is one pass; the tree has a row for every draw all the same.
+        groups = {"log_likelihood": {site: datatree.as_chain(values.expand(num_draws, -1))}}
+        if isinstance(self.program.likelihood, ClassLikelihood):
+            draws = self.predict(data, num_draws, seed=seed).draws
+            if draws is not None:
+                probabilities = draws.exp().expand(num_draws, -1, -1)
+                generator = torch.Generator().manual_seed(spawn(seed, num_draws))
+                labels = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
+                groups["posterior_predictive"] = {site: datatree.as_chain(labels.reshape(num_draws, -1))}
+            groups["observed_data"] = {site: np.asarray(data[site][:])}
+        return groups
+
+    @torch.no_grad()
+    def _draws_with_density(self, num_draws: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        rows, stats = [], []
+        for s in range(num_draws):
+            with poutine.block(), isolated(spawn(seed, s)):
+                guide_trace = poutine.trace(self.guide).get_trace()
+                prior_trace = poutine.trace(poutine.replay(self.program.sample_latents, trace=guide_trace)).get_trace()
+            rows.append({name: guide_trace.nodes[name]["value"] for name in self.program.latents})
+            stats.append({"log_prior": prior_trace.log_prob_sum(), "log_guide": guide_trace.log_prob_sum()})
+        return _stack(rows), _stack(stats)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -235,6 +302,10 @@ class Posterior:
             f"Posterior({type(self.guide).__name__}, β={self.temperature:g}, seed={self.seed}: "
             f"{len(random)} of {len(self.program.latents)} sites random, {size:,} random numbers)"
         )
+
+
+def _stack(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
 
 
 def _check_fits(program: PyroLoRA, meta: Mapping[str, Any], folder: Path) -> None:

@@ -34,5 +34,15 @@ def spawn(seed: int, index: int) -> int:
     """The seed of item ``index`` of a family, independent of how many items there are.
 
     Draw 3 of 4 is therefore draw 3 of 16: common random numbers for all inputs and sizes.
+
+    Args:
+        seed: Of the family, an integer ≥ 0.
+        index: Of the item, an integer ≥ 0.
+
+    Returns:
+        An integer in [0, 2⁶³).
     """
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
+    if seed < 0 or index < 0:
+        raise ValueError(f"seed and index are integers ≥ 0, not {seed} and {index}")
+    # A spawn key, not a second word of entropy: SeedSequence([s, i]) is the same for (s + 2³²i, 0).
+    return int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1, np.uint64)[0] >> 1)
