@@ -20,7 +20,6 @@ class Flat(TorchDistribution):
     """
 
     arg_constraints = {}  # noqa: RUF012 - torch's own convention
-    support = constraints.real
     has_rsample = True
 
     def __init__(self, start: Tensor, event_dim: int, validate_args: bool | None = None):
@@ -28,11 +27,16 @@ class Flat(TorchDistribution):
         split = start.dim() - event_dim
         super().__init__(start.shape[:split], start.shape[split:], validate_args=validate_args)
 
+    @constraints.dependent_property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.real, len(self.event_shape))
+
     def rsample(self, sample_shape: torch.Size | list[int] = torch.Size()) -> Tensor:  # noqa: B008 - torch's signature
         return self.start.expand(self._extended_shape(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return value.new_zeros(value.shape[: value.dim() - len(self.event_shape)])
+        batch = value.shape[: value.dim() - len(self.event_shape)]
+        return value.new_zeros(torch.broadcast_shapes(batch, self.batch_shape))
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> Flat:
         return Flat(self.start.expand(*batch_shape, *self.event_shape), len(self.event_shape))

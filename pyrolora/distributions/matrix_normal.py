@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
@@ -10,7 +12,8 @@ from torch.distributions.utils import _standard_normal
 
 
 class MatrixNormal(TorchDistribution):
-    """Matrix Normal ``X = M + L_r E L_cᵀ`` with ``E_ij ~ N(0, 1)``: ``cov vec(X) = (L_c L_cᵀ) ⊗ (L_r L_rᵀ)``.
+    """Matrix Normal ``X = M + L_r E L_cᵀ`` with ``E_ij ~ N(0, 1)``: ``cov vec(X) = (L_c L_cᵀ) ⊗ (L_r L_rᵀ)``,
+    where vec stacks columns.
 
     ``log p(X) = −½ ‖L_r⁻¹ (X − M) L_c⁻ᵀ‖² − n log|L_r| − m log|L_c| − ½ m n log 2π``
 
@@ -58,7 +61,7 @@ class MatrixNormal(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         """Elementwise variance ``diag(K_r) diag(K_c)ᵀ``."""
-        return row_variance(self).unsqueeze(-1) * column_variance(self).unsqueeze(-2) + torch.zeros_like(self.loc)
+        return (row_variance(self).unsqueeze(-1) * column_variance(self).unsqueeze(-2)).expand(self.loc.shape)
 
     def rsample(self, sample_shape: torch.Size | list[int] = torch.Size()) -> Tensor:  # noqa: B008 - torch's signature
         noise = _standard_normal(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
@@ -86,8 +89,7 @@ class MatrixNormal(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         squared = self.whiten(value - self.loc).square().sum((-2, -1))
-        size = self.event_shape.numel()
-        return -0.5 * (squared + size * torch.tensor(2 * torch.pi).log()) - self.half_log_det()
+        return -0.5 * (squared + self.event_shape.numel() * math.log(2 * math.pi)) - self.half_log_det()
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> MatrixNormal:
         return MatrixNormal(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import inspect
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pyrolora.guides.base import Guide
+from pyrolora.likelihoods.base import Likelihood
+
 FORMAT = 1
-_KINDS = ("guides", "priors", "likelihoods")
+_TENSORS, _META = "posterior.safetensors", "posterior.json"
+_KINDS: dict[str, Any] = {"guides": Guide, "priors": Callable, "likelihoods": Likelihood}
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "guide": dict,
+    "priors": dict,
+    "likelihood": dict,
+    "num_data": int,
+    "temperature": (int, float),
+    "seed": int,
+    "sites": dict,
+    "fingerprint": str,
+    "history": list,
+    "sha256": str,
+}
 
 
 class ArchiveError(ValueError):
@@ -34,50 +53,70 @@ def describe(thing: Any) -> Any:
         return {name: describe(value) for name, value in thing.items()}
     if isinstance(thing, list | tuple):
         return [describe(value) for value in thing]
-    kind = type(thing).__module__.split(".")
-    if kind[0] != "pyrolora" or kind[1] not in _KINDS:
+    package, _, module = type(thing).__module__.partition(".")
+    kind = module.partition(".")[0]
+    if package != "pyrolora" or kind not in _KINDS:
         return {"custom": getattr(thing, "__name__", type(thing).__name__)}
-    arguments = [name for name in inspect.signature(type(thing)).parameters]
-    return {"class": f"{kind[1]}.{type(thing).__name__}", "init": {n: describe(getattr(thing, n)) for n in arguments}}
+    arguments = inspect.signature(type(thing)).parameters
+    return {"class": f"{kind}.{type(thing).__name__}", "init": {n: describe(getattr(thing, n)) for n in arguments}}
 
 
 def rebuild(description: Any, *, where: str) -> Any:
-    """The inverse of `describe`; only public classes of this package are ever constructed.
+    """The inverse of `describe`; only public guides, priors and likelihoods of this package are ever constructed.
+
+    Args:
+        description: What JSON gave.
+        where: The file, for messages.
 
     Raises:
-        ArchiveError: An unknown class, or arguments that its constructor refuses.
+        ArchiveError: An unknown class, arguments that its constructor refuses, or code that is not of this package.
     """
     if isinstance(description, list):
         return [rebuild(value, where=where) for value in description]
     if not isinstance(description, dict):
         return description
+    if description.keys() == {"custom"}:
+        raise ArchiveError(
+            f"{where}: {description['custom']!r} is code of yours, which no file can hold. "
+            "For a prior, give priors= again."
+        )
     if "class" not in description:
-        return {name: rebuild(value, where=where) for name, value in description.items()}
-    kind, _, name = str(description["class"]).partition(".")
-    known = import_module(f"pyrolora.{kind}").__all__ if kind in _KINDS else []
-    if name not in known:
+        return {name: rebuild(value, where=f"{where}: {name}") for name, value in description.items()}
+    found = _public_class(description["class"])
+    init = description.get("init")
+    if found is None or not isinstance(init, dict) or description.keys() != {"class", "init"}:
         raise ArchiveError(f"{where}: {description['class']!r} is not a class that a posterior may hold")
-    arguments = {n: rebuild(v, where=where) for n, v in description.get("init", {}).items()}
+    arguments = {name: rebuild(value, where=f"{where}: {name}") for name, value in init.items()}
     try:
-        return getattr(import_module(f"pyrolora.{kind}"), name)(**arguments)
-    except (TypeError, ValueError) as error:
+        return found(**arguments)
+    except Exception as error:  # whatever a constructor raises on arguments that it did not itself write
         raise ArchiveError(f"{where}: {description['class']} refuses its saved arguments: {error}") from error
 
 
+def _public_class(path: Any) -> type | None:
+    """``"priors.Normal"`` → the class, if it is a guide, prior or likelihood that this package exports."""
+    kind, _, name = path.partition(".") if isinstance(path, str) else ("", "", "")
+    if kind not in _KINDS:
+        return None
+    package = import_module(f"pyrolora.{kind}")
+    found = getattr(package, name) if name in package.__all__ else None
+    # Beside the classes stand functions, aliases and errors: none of them is ever called because a file says so.
+    return found if isinstance(found, type) and issubclass(found, _KINDS[kind]) else None
+
+
 def write(folder: Path, *, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Writes ``posterior.safetensors`` and ``posterior.json``; each appears whole or not at all."""
+    """Writes ``posterior.safetensors`` and ``posterior.json``; where that fails, what was there before is untouched."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, new = folder / "posterior.safetensors", folder / "posterior.safetensors.new"
-    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, str(new))
-    os.replace(new, tensors)
-    write_json(folder / "posterior.json", {"format": FORMAT, **meta})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with _replacing(folder / _META) as new_meta, _replacing(folder / _TENSORS) as new_tensors:
+        save_file(tensors, str(new_tensors))
+        new_meta.write_text(_json({"format": FORMAT, **meta, "sha256": _digest(new_tensors)}), encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, whole or not at all."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(new, path)
+    """Writes JSON, whole or not at all; numbers that are not finite become null."""
+    with _replacing(path) as new:
+        new.write_text(_json(content), encoding="utf-8")
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -86,31 +125,67 @@ def read_meta(folder: Path) -> dict[str, Any]:
     Raises:
         ArchiveError: Missing, truncated, foreign, or of a newer format.
     """
-    path = folder / "posterior.json"
+    path = folder / _META
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArchiveError(f"{path} does not exist: {folder} is not a folder that Posterior.save_pretrained wrote") from None
-    except (OSError, ValueError) as error:
+        raise ArchiveError(
+            f"{path} does not exist: {folder} is not a folder that Posterior.save_pretrained wrote"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
         raise ArchiveError(f"{path} cannot be read: {error}") from error
-    if not isinstance(meta, dict) or not {"format", "guide", "sites", "fingerprint"} <= meta.keys():
+    if not isinstance(meta, dict) or "format" not in meta:
         raise ArchiveError(f"{path} is not a posterior of this package")
     if meta["format"] != FORMAT:
         raise ArchiveError(f"{path} has format {meta['format']}, this version reads {FORMAT}: update pyrolora")
+    if wrong := [name for name, kind in _FIELDS.items() if not isinstance(meta.get(name), kind)]:
+        raise ArchiveError(f"{path} is not a whole posterior: {', '.join(wrong)} missing or of another type")
     return meta
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
-    """The tensors of ``posterior.safetensors``.
+    """The tensors of ``posterior.safetensors``, which must be those that ``posterior.json`` was written for.
 
     Raises:
-        ArchiveError: Missing or damaged.
+        ArchiveError: Missing, damaged, or another posterior's.
     """
-    path = folder / "posterior.safetensors"
+    path = folder / _TENSORS
+    expected = read_meta(folder)["sha256"]
     try:
+        if _digest(path) != expected:
+            raise ArchiveError(f"{path} is damaged, or not the file that {_META} belongs to (their SHA-256 differ)")
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise ArchiveError(f"{path} does not exist") from None
     except (OSError, SafetensorError) as error:
         raise ArchiveError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to, which takes its place at the end of a block that did not raise."""
+    new = path.with_name(f"{path.name}.new")
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _json(content: Any) -> str:
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(content: Any) -> Any:
+    """JSON has no NaN: a log may hold one, and must not keep a posterior from being saved."""
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

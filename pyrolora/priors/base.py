@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -17,6 +18,13 @@ layer is a vector event: ``dist.LogNormal(0, 1).expand([site.num_layers]).to_eve
 
 class PriorError(ValueError):
     """A prior that is missing or does not fit its site; the message names the site."""
+
+
+def positive(prior: str, **arguments: float) -> None:
+    """Refuses constructor arguments that are not positive finite numbers; the error names prior and argument."""
+    for name, value in arguments.items():
+        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise PriorError(f"{prior}: {name} is a positive number, not {value!r}")
 
 
 def checked(prior: Prior, site: SiteGroup) -> TorchDistributionMixin:

@@ -16,7 +16,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from pyrolora.adapters.sites import SiteGroup
-from pyrolora.priors.base import PriorError
+from pyrolora.priors.base import PriorError, positive
 
 
 class Hierarchical:
@@ -32,7 +32,7 @@ class Hierarchical:
     """
 
     def __init__(self, scale: float = 0.05, spread: float = 1.0):
-        _positive("Hierarchical", scale=scale, spread=spread)
+        positive("Hierarchical", scale=scale, spread=spread)
         self.scale = scale
         self.spread = spread
 
@@ -60,7 +60,7 @@ class ARD:
     """
 
     def __init__(self, scale: float = 0.05, spread: float = 1.0):
-        _positive("ARD", scale=scale, spread=spread)
+        positive("ARD", scale=scale, spread=spread)
         self.scale = scale
         self.spread = spread
 
@@ -90,7 +90,7 @@ class Horseshoe:
     """
 
     def __init__(self, scale: float = 0.01, slab_scale: float = 0.2, slab_df: float = 4.0):
-        _positive("Horseshoe", scale=scale, slab_scale=slab_scale, slab_df=slab_df)
+        positive("Horseshoe", scale=scale, slab_scale=slab_scale, slab_df=slab_df)
         self.scale = scale
         self.slab_scale = slab_scale
         self.slab_df = slab_df
@@ -101,9 +101,9 @@ class Horseshoe:
         local = pyro.sample(f"{site.name}.local", dist.HalfCauchy(1.0).expand(shape).to_event(2))
         half = self.slab_df / 2
         slab = pyro.sample(f"{site.name}.slab", dist.InverseGamma(half, half * self.slab_scale**2))
-        tau2, local2 = tau.square(), local.square()
-        scale = (tau2 * slab * local2 / (slab + tau2 * local2)).sqrt()
-        return _normal(site, _along_rank(site, scale))
+        # τλ̃ = cτλ/√(c² + τ²λ²): half-Cauchy tails are long, and hypot does not overflow where the squares would.
+        width, free = slab.sqrt(), tau * local
+        return _normal(site, _along_rank(site, width * (free / torch.hypot(width, free))))
 
 
 def _normal(site: SiteGroup, scale: Tensor) -> TorchDistributionMixin:
@@ -120,9 +120,3 @@ def _rank_shape(site: SiteGroup) -> list[int]:
 def _along_rank(site: SiteGroup, scale: Tensor) -> Tensor:
     """``(layers, rank)`` → broadcastable to the site."""
     return scale.unsqueeze(-1 if site.dims.index("rank") == 1 else -2)
-
-
-def _positive(name: str, **values: float) -> None:
-    for argument, value in values.items():
-        if not value > 0:
-            raise PriorError(f"{name}: {argument} is a positive number, not {value!r}")

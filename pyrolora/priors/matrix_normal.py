@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrolora.adapters.sites import SiteGroup
 from pyrolora.distributions.matrix_normal import MatrixNormal as MatrixNormalDistribution
-from pyrolora.priors.base import PriorError
+from pyrolora.priors.base import PriorError, positive
 
 
 class MatrixNormal:
@@ -23,12 +23,12 @@ class MatrixNormal:
     Shape: ``(layers, rank, in)`` for A and ``(layers, out, rank)`` for B; batch ``(layers,)``.
 
     Raises:
-        PriorError: A site without a rank dimension, a matrix of another size, or one that is not positive definite.
+        PriorError: A site without a rank dimension, a matrix of another size, or one that is not symmetric and
+            positive definite.
     """
 
     def __init__(self, scale: float, rank_correlation: float | Sequence[Sequence[float]] = 0.0):
-        if not scale > 0:
-            raise PriorError(f"MatrixNormal: scale is a positive number, not {scale!r}")
+        positive("MatrixNormal", scale=scale)
         self.scale = scale
         self.rank_correlation = rank_correlation
 
@@ -49,6 +49,9 @@ class MatrixNormal:
             shape = tuple(covariance.shape)
             raise PriorError(f"site {site.name!r}: rank_correlation is {shape}, the rank is {rank}")
         factor, failed = torch.linalg.cholesky_ex(covariance)
-        if failed:
-            raise PriorError(f"site {site.name!r}: rank_correlation {self.rank_correlation} is not positive definite")
+        # Cholesky reads one triangle only: symmetry is a check of its own.
+        if failed or not torch.equal(covariance, covariance.mT):
+            raise PriorError(
+                f"site {site.name!r}: rank_correlation {self.rank_correlation} is not symmetric positive definite"
+            )
         return factor

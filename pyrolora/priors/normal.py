@@ -8,7 +8,7 @@ import pyro.distributions as dist
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 
 from pyrolora.adapters.sites import SiteGroup
-from pyrolora.priors.base import PriorError
+from pyrolora.priors.base import PriorError, positive
 
 
 class Normal:
@@ -25,7 +25,9 @@ class Normal:
     """
 
     def __init__(self, scale: float | str):
-        if scale != "fan_in" and not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
+        if not isinstance(scale, str):
+            positive("Normal", scale=scale)
+        elif scale != "fan_in":
             raise PriorError(f'Normal: scale is a positive number or "fan_in", not {scale!r}')
         self.scale = scale
 
