@@ -328,6 +328,7 @@ def reliability_png(curves: Mapping[str, Curve], path: Path) -> Path:
         )
         lower.bar(middles, [part.count for part in bins], widths, color="#2f6db3", alpha=0.8)
         lower.set_xlabel("confidence")
+        lower.xaxis.set_major_formatter("{x:g}")
         for axes in (upper, lower):
             axes.spines[["top", "right"]].set_visible(False)
     grid[0, 0].set_ylabel("accuracy")

@@ -143,7 +143,7 @@ def test_the_page_contains_the_numbers(results):
         "arc_easy, 77 examples",
         "74,496",
         "0.65 ×",
-        "Posterior temperature β 0.3",
+        "Posterior temperature β0.3",
         "Normal(0.05)",
         "lora: r: 8",
         "torch 2.13.0",
