@@ -229,8 +229,11 @@ class PyroLoRA(nn.Module):
             base.disable_input_require_grads()
 
     def _watch_checkpointing(self) -> None:
-        if getattr(self.model.get_base_model(), "is_gradient_checkpointing", False):
+        if self._is_checkpointing():
             self.enable_activation_checkpointing()
+
+    def _is_checkpointing(self) -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
 
     def _recompute_context(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         draws = self._recompute[-1] if self._recompute else {}

@@ -7,6 +7,7 @@ site*, so that closed-form KLs apply, and returns ``{site: value}``. It knows no
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from fnmatch import fnmatchcase
 import pyro
 import pyro.distributions as dist
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
@@ -92,6 +94,7 @@ class Guide(nn.Module):
         Returns:
             ``{site: value}`` in the model's order.
         """
+        self._announce()
         plates: dict[str | None, AbstractContextManager] = {None: contextlib.nullcontext()}
         values = {}
         for name, latent in self.latents.items():
@@ -135,6 +138,12 @@ class Guide(nn.Module):
     def random_sites(self) -> list[str]:
         """Names of the sites that have a distribution."""
         return [name for name, latent in self.latents.items() if self.is_random(latent)]
+
+    def _announce(self) -> None:
+        """Makes the parameters visible to Pyro's SVI by param statements; nothing enters Pyro's global store."""
+        for name, parameter in self.named_parameters():
+            parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+            effectful(type="param")(lambda *_, value=parameter, **__: value)(name, parameter, name=name)
 
     def _without_family(self, latent: Latent) -> TypeError:
         name = type(self).__name__

@@ -33,8 +33,8 @@ class MeanField(Guide):
         scale_learning_rate: Learning rate of ``log σ`` as a multiple of that of ``μ``: Adam moves a logarithm by
             about its rate a step, too slow at rates that suit weights.
         noise: ``"weight"``: one draw for the whole batch. ``"example"``: an independent draw for each sequence,
-            shared by its tokens, added in activation space; the same objective with less gradient variance, at the
-            cost of one adapter-sized noise tensor per sequence.
+            shared by its tokens, added in activation space: the same expected objective, its errors averaged over the
+            batch, at the cost of one adapter-sized noise tensor per sequence. Predictions use coherent draws.
 
     Source: Blundell et al. 2015, eq. 3 (Bayes by backprop); Wang et al. 2024 (BLoB) for random A only.
     """

