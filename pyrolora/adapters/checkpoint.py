@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pyrolora.adapters.placement import Placement
@@ -20,24 +21,55 @@ def load_adapter(base_model: nn.Module, folder: str | Path) -> PeftModel:
     """Injects an adapter that PEFT saved; its weights become the starting point of any guide.
 
     Args:
-        base_model: The model on which the adapter was trained.
+        base_model: The model on which the adapter was trained, without adapters. Load it afresh after an error.
         folder: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
-        AdapterError: The folder holds no adapter, one kept in a pickle, one that is not LoRA, or one for another model.
+        AdapterError: The folder holds no adapter, one kept in a pickle, a damaged one, one that is not LoRA, or one
+            whose matrices are not those that the base model needs.
     """
     folder = Path(folder)
+    if isinstance(base_model, PeftModel):
+        raise AdapterError(
+            f"{folder}: the base model has adapters already; give the model that they were injected into"
+        )
+    config, saved = _read_config(folder), _saved_names(folder)
+    try:
+        model = PeftModel.from_pretrained(base_model, str(folder), config=config)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as error:
+        # torch lists every mismatch; the first says enough.
+        first = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise AdapterError(f"{folder}: the adapter does not fit this base model: {first}") from error
+    # PEFT leaves what it finds no place for unread, and what it does not find random.
+    needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    wrong = sorted((needed - saved) | {name for name in saved - needed if "lora_" in name})
+    if wrong:
+        where = "only the file" if wrong[0] in saved else "only the model"
+        raise AdapterError(f"{folder}: the adapter does not fit this base model: {where} has {wrong[0]}")
+    return model
+
+
+def _read_config(folder: Path) -> LoraConfig:
     if not (folder / "adapter_config.json").is_file():
         raise AdapterError(f"{folder}: no adapter_config.json there; give a folder written by PEFT's save_pretrained")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise AdapterError(f"{folder}: no adapter_model.safetensors (pickled adapters are not opened)")
-    config = PeftConfig.from_pretrained(str(folder))
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
-        raise AdapterError(f"{folder}: a {config.peft_type} adapter; only LORA can be sampled")
     try:
-        return PeftModel.from_pretrained(base_model, str(folder), config=config)  # type: ignore[arg-type]
-    except (RuntimeError, ValueError) as error:
-        raise AdapterError(f"{folder}: the adapter does not fit this base model: {error}") from error
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{folder / 'adapter_config.json'} cannot be read: {error!r}") from error
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        raise AdapterError(f"{folder}: an adapter of type {config.peft_type}; only LORA can be sampled")
+    return config
+
+
+def _saved_names(folder: Path) -> set[str]:
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise AdapterError(f"{folder}: no adapter_model.safetensors (pickled adapters are not opened)")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
 def export_adapter(model: PeftModel, placement: Placement, *, values: Mapping[str, Tensor], folder: str | Path) -> Path:
@@ -51,15 +83,17 @@ def export_adapter(model: PeftModel, placement: Placement, *, values: Mapping[st
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    name = model.active_adapters[0]
     with torch.no_grad(), placement.placed(values):
         # Layers of one group share storage; safetensors wants each tensor to own its memory.
-        adapter = {name: tensor.clone() for name, tensor in _adapter_state(model).items()}
-        model.save_pretrained(str(folder), state_dict=adapter, safe_serialization=True)
+        state = {key: tensor.clone() for key, tensor in model.state_dict().items() if _is_adapter(key)}
+        model.save_pretrained(str(folder), state_dict=state, selected_adapters=[name], save_embedding_layers=False)
+    if name != "default":
+        # PEFT puts an adapter of another name one folder deeper.
+        for file in (folder / name).iterdir():
+            file.replace(folder / file.name)
+        (folder / name).rmdir()
     return folder
-
-
-def _adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in model.state_dict().items() if _is_adapter(name)}
 
 
 def _is_adapter(name: str) -> bool:
@@ -67,11 +101,12 @@ def _is_adapter(name: str) -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of a base model's weights, blind to adapters, heads, device and float precision.
+    """A short hash of a base model's weights, blind to adapters, to heads in ``modules_to_save``, and to the device.
 
-    Hashes the name, the shape and 64 evenly spaced values of every base parameter, rounded to bfloat16: loading the
-    same checkpoint in another precision gives the same fingerprint, another checkpoint does not. One pass that reads
-    64 numbers a tensor, so it takes about a second at 7B.
+    Hashes the name, the shape and 64 evenly spaced values of every base parameter, rounded to bfloat16: the same
+    checkpoint loaded in float32 or bfloat16 has the same fingerprint, another checkpoint does not. (A float32
+    checkpoint loaded in float16 is rounded twice and counts as another.) One pass that reads 64 numbers a tensor, so
+    it takes about a second at 7B.
 
     Returns:
         64 hexadecimal digits.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from pyrolora.adapters.sites import SiteGroup
+
+# Where a parameter stands: its module's table of parameters, and its name there.
+Slot = tuple[dict[str, Tensor | None], str]
 
 
 class Placement:
@@ -25,46 +30,31 @@ class Placement:
 
     def __init__(self, model: nn.Module, sites: Mapping[str, SiteGroup]):
         self.sites = dict(sites)
-        self._slots: dict[str, list[tuple[dict[str, Tensor | None], str]]] = {
+        self._slots: dict[str, list[Slot]] = {
             name: [(model.get_submodule(path)._parameters, key) for path, key in site.holders]  # type: ignore[misc]
             for name, site in sites.items()
         }
+        experts = (path for path, module in model.named_modules() if isinstance(module, ParamWrapper))
+        self._experts = next(experts, None)
 
     def current(self) -> dict[str, Tensor]:
         """The values that stand on the model now, stacked and detached: ``{site: (layers, *event_shape)}``."""
-        return {
-            name: torch.stack([self._value(slot, key).detach() for slot, key in slots])
-            for name, slots in self._slots.items()
-        }
+        return {name: torch.stack([_value(slot).detach() for slot in slots]) for name, slots in self._slots.items()}
 
-    @contextmanager
-    def placed(self, draws: Mapping[str, Tensor]) -> Iterator[None]:
+    def placed(self, draws: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Places one draw for the duration of the block; the model is bitwise what it was afterwards.
+
+        The context may be entered again: activation checkpointing does so at every backward pass.
 
         Args:
             draws: ``{site: (layers, *event_shape)}``; sites that are absent keep the model's own value.
 
         Raises:
             ValueError: An unknown site, or a value of another shape.
+            RuntimeError: Expert parameters under ``torch.vmap``, which PEFT's parametrisation of them does not bear.
         """
         self._check(draws)
-        restore: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
-        try:
-            for name, value in draws.items():
-                for (slot, key), layer in zip(self._slots[name], value.unbind(0), strict=True):
-                    own = self._value(slot, key)
-                    restore.append((slot, key, own))
-                    slot[key] = layer.to(device=own.device, dtype=own.dtype)
-            yield
-        finally:
-            for slot, key, own in reversed(restore):
-                slot[key] = own
-
-    @staticmethod
-    def _value(slot: dict[str, Tensor | None], key: str) -> Tensor:
-        value = slot[key]
-        assert value is not None
-        return value
+        return _Placed([self._slots[name] for name in draws], list(draws.values()))
 
     def _check(self, draws: Mapping[str, Tensor]) -> None:
         for name, value in draws.items():
@@ -73,3 +63,46 @@ class Placement:
             if value.shape != self.sites[name].shape:
                 want = tuple(self.sites[name].shape)
                 raise ValueError(f"site {name!r}: a draw has shape {want}, not {tuple(value.shape)}")
+        if self._experts is not None and _inside_transform():
+            # PEFT would fail half-way in its forward pass and leave the model parametrised.
+            raise RuntimeError(f"{self._experts}: vmap cannot follow adapted expert parameters; run draw by draw")
+
+
+class _Placed(AbstractContextManager[None]):
+    """One draw on its slots."""
+
+    def __init__(self, slots: Sequence[list[Slot]], draws: Sequence[Tensor]):
+        self._slots = slots
+        self._draws = draws
+        self._restore: list[list[tuple[Slot, Tensor]]] = []
+
+    def __enter__(self) -> None:
+        pairs = [
+            (slot, _value(slot), layer)
+            for slots, draw in zip(self._slots, self._draws, strict=True)
+            for slot, layer in zip(slots, draw.unbind(0), strict=True)
+        ]
+        values = [layer.to(device=own.device, dtype=own.dtype) for _, own, layer in pairs]
+        self._restore.append([(slot, own) for slot, own, _ in pairs])
+        for ((parameters, key), _, _), value in zip(pairs, values, strict=True):
+            parameters[key] = value
+
+    def __exit__(self, *exception: Any) -> None:
+        for (parameters, key), own in self._restore.pop():
+            parameters[key] = own
+
+
+def _value(slot: Slot) -> Tensor:
+    parameters, key = slot
+    value = parameters[key]
+    assert value is not None
+    return value
+
+
+def _inside_transform() -> bool:
+    """Whether a functorch transform is running: there torch refuses this call, which PEFT makes too."""
+    try:
+        torch.empty(0).requires_grad_(False)
+    except RuntimeError:
+        return True
+    return False

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ class SiteGroup:
     """Adapter parameters of one kind and shape, stacked over layers: one Pyro sample site.
 
     Shape: ``(layers, *event_shape)``, where ``event_shape`` is that of one parameter as PEFT stores it:
-    ``(rank, in_features)`` for ``lora_A``, ``(out_features, rank)`` for ``lora_B``.
+    ``(rank, in_features)`` for ``lora_A``, ``(out_features, rank)`` for ``lora_B``. PEFT keeps the adapters of E
+    experts in one such pair with E·r ranks: rank k of expert e is row ``e·r + k`` of A, and column ``k·E + e`` of B.
 
     Attributes:
         name: The Pyro site, for instance ``lora.q_proj.A`` or ``head.classifier.weight``.
@@ -102,14 +104,15 @@ def find_sites(model: PeftModel, *, adapter: str = "default") -> dict[str, SiteG
         Site name to group, in the order of the model's modules, A before B.
 
     Raises:
-        AdapterError: A module that cannot be served (DoRA, LoRA bias, convolution, ...), or no adapters at all.
+        AdapterError: A module that cannot be served (DoRA, LoRA bias, convolution, tied adapters, ...), or no LoRA.
     """
+    _check_config(model, adapter)
     groups: dict[tuple, list[_Parameter]] = {}
-    for parameter in _parameters(model, adapter):
+    for parameter in _untied(_parameters(model, adapter)):
         shape = parameter.value.shape
         groups.setdefault((parameter.kind, parameter.role, shape, parameter.partner), []).append(parameter)
     if not groups:
-        raise AdapterError(f"adapter {adapter!r} has no LoRA parameters; check target_modules and the adapter's name")
+        raise AdapterError(f"adapter {adapter!r} has no LoRA parameters on this model; were its layers unloaded?")
     return _named(groups)
 
 
@@ -139,13 +142,46 @@ def _free_name(kind: str, role: str, taken: Mapping[str, SiteGroup]) -> str:
     return next(name for name in candidates if name not in taken)
 
 
+def _check_config(model: PeftModel, adapter: str) -> None:
+    if adapter not in model.peft_config:
+        raise AdapterError(f"the model has no adapter {adapter!r}; it has {', '.join(model.peft_config)}")
+    config = model.peft_config[adapter]
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        kind = type(config).__name__
+        raise AdapterError(f"adapter {adapter!r} is declared by a {kind}; only LoRA can be sampled: give a LoraConfig")
+    if config.bias != "none":
+        raise AdapterError(
+            f"{_first_bias(model)}: LoraConfig(bias={config.bias!r}) trains biases of the base model, which have no "
+            'site. Set bias="none".'
+        )
+
+
+def _first_bias(model: PeftModel) -> str:
+    names = (name for name, _ in model.named_parameters() if name.endswith(".bias"))
+    return _base_name(next(names, "biases").replace(".base_layer", ""))
+
+
+def _untied(parameters: Iterator[_Parameter]) -> Iterator[_Parameter]:
+    seen: dict[int, str] = {}
+    for parameter in parameters:
+        address = parameter.value.data_ptr()
+        if address in seen and parameter.value.device.type != "meta":
+            raise AdapterError(
+                f"{parameter.layer}: its adapter is tied to that of {seen[address]}; one tensor cannot be two sites. "
+                "Set ensure_weight_tying=False, or adapt only one of the two."
+            )
+        seen[address] = parameter.layer
+        yield parameter
+
+
 def _parameters(model: PeftModel, adapter: str) -> Iterator[_Parameter]:
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and adapter in module.r:
+            _check_served(path, module, adapter)
             yield from _lora_parameters(path, module, adapter)
         elif isinstance(module, ModulesToSaveWrapper):
             yield from _head_parameters(path, module, adapter)
-        elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not isinstance(module, LoraLayer):
             raise AdapterError(
                 f"{path}: {type(module).__name__} is not LoRA. Use a plain peft.LoraConfig "
                 "(no trainable_token_indices) with heads in modules_to_save."
@@ -153,27 +189,24 @@ def _parameters(model: PeftModel, adapter: str) -> Iterator[_Parameter]:
 
 
 def _lora_parameters(path: str, module: LoraLayer, adapter: str) -> Iterator[_Parameter]:
-    if adapter not in module.r:
-        return
-    _check_served(path, module, adapter)
     if adapter in module.lora_embedding_A:
         holders = [(f"{path}.lora_embedding_A", adapter), (f"{path}.lora_embedding_B", adapter)]
         a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
     else:
         holders = [(f"{path}.lora_A.{adapter}", "weight"), (f"{path}.lora_B.{adapter}", "weight")]
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    layer = re.sub(r"^base_model\.model\.", "", path)
-    kind = _kind(layer, module)
+    # PEFT nests one ParamWrapper in another (".base_layer") where several expert parameters are adapted.
+    layer = _base_name(path).replace(".base_layer", "")
+    kind = layer.rsplit(".", 1)[-1]
+    if isinstance(module, ParamWrapper):
+        kind = f"{kind}.{module.parameter_name}"
     scaling = float(module.scaling[adapter])
     yield _Parameter(kind, "A", layer, holders[0], a, scaling, b.shape)
     yield _Parameter(kind, "B", layer, holders[1], b, scaling, a.shape)
 
 
-def _kind(layer: str, module: LoraLayer) -> str:
-    # PEFT nests one ParamWrapper in another (".base_layer") where several 3-D expert parameters are adapted.
-    parts = [part for part in layer.split(".") if part != "base_layer"]
-    parameter = getattr(module, "parameter_name", None)
-    return parts[-1] if parameter is None else f"{parts[-1]}.{parameter}"
+def _base_name(path: str) -> str:
+    return re.sub(r"^base_model\.model\.", "", path)
 
 
 def _check_served(path: str, module: LoraLayer, adapter: str) -> None:
@@ -184,17 +217,17 @@ def _check_served(path: str, module: LoraLayer, adapter: str) -> None:
     if module.merged:
         raise AdapterError(f"{path}: the adapter is merged into the base weight. Call unmerge_adapter() first.")
     matrices = [module.lora_A[adapter], module.lora_B[adapter]] if adapter in module.lora_A else []
-    if any(not isinstance(matrix, nn.Linear) for matrix in matrices) or type(module).__name__ == "MultiheadAttention":
+    if any(not isinstance(matrix, nn.Linear) for matrix in matrices) or isinstance(module, MultiheadAttention):
         raise AdapterError(
-            f"{path}: LoRA on {type(module.get_base_layer()).__name__} cannot be sampled (linear, Conv1D, embedding and "
-            "3-D expert parameters can). Leave it out of target_modules."
+            f"{path}: LoRA on {type(module.get_base_layer()).__name__} cannot be sampled (linear, Conv1D, embedding "
+            "and 3-D expert parameters can). Leave it out of target_modules."
         )
 
 
 def _head_parameters(path: str, module: ModulesToSaveWrapper, adapter: str) -> Iterator[_Parameter]:
     if adapter not in module.modules_to_save:
         return
-    layer = re.sub(r"^base_model\.model\.", "", path)
+    layer = _base_name(path)
     root = f"{path}.modules_to_save.{adapter}"
     for name, value in module.modules_to_save[adapter].named_parameters():
         inner, _, parameter = name.rpartition(".")
