@@ -79,7 +79,9 @@ def fit(
     print(f"saved in {output}; next: pyrolora evaluate {output}")
 
 
-def evaluate(folder: Path, split: str = "test", draws: int = 16, seed: int = 0, format: Literal["table", "json"] = "table") -> None:
+def evaluate(
+    folder: Path, split: str = "test", draws: int = 16, seed: int = 0, format: Literal["table", "json"] = "table"
+) -> None:
     """Scores a saved posterior on a split of its task, with and without temperature scaling.
 
     Args:

@@ -223,7 +223,9 @@ class PyroLoRA(nn.Module):
         """
         options = {"use_reentrant": False, "context_fn": self._recompute_context}
         base: Any = self.model.get_base_model()
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        # transformers renames "gradient" to "activation" checkpointing in 5.x; older releases know the first only.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable(options)
         # Left on, this hook breaks vectorised prediction; without re-entrance nothing needs it.
         with contextlib.suppress(AttributeError):
             base.disable_input_require_grads()
@@ -292,12 +294,16 @@ def _rms_scale(fn: TorchDistributionMixin) -> float:
 def _inject(model: nn.Module, adapter: LoraConfig | str | Path | None) -> PeftModel:
     if isinstance(adapter, LoraConfig):
         if adapter.bias != "none":
-            raise ValueError(f'LoraConfig(bias={adapter.bias!r}) trains base biases, which have no site: use bias="none"')
+            raise ValueError(
+                f'LoraConfig(bias={adapter.bias!r}) trains base biases, which have no site: use bias="none"'
+            )
         return get_peft_model(model, adapter)  # type: ignore[arg-type,return-value]
     if adapter is not None:
         return load_adapter(model, adapter)
     if not isinstance(model, PeftModel):
-        raise TypeError("give a peft.LoraConfig or an adapter folder as the second argument, or a PeftModel as the first")
+        raise TypeError(
+            "give a peft.LoraConfig or an adapter folder as the second argument, or a PeftModel as the first"
+        )
     return model
 
 

@@ -100,7 +100,9 @@ class Recipe:
         package, _, folder = self.base.removeprefix("package:").partition("/")
         found = importlib.util.find_spec(package)
         if found is None or not found.submodule_search_locations:
-            raise RecipeError(f"{self.path}: base {self.base!r} needs the package {package}: pip install 'pyrolora[demo]'")
+            raise RecipeError(
+                f"{self.path}: base {self.base!r} needs the package {package}: pip install 'pyrolora[demo]'"
+            )
         return str(Path(found.submodule_search_locations[0]) / folder)
 
     def build_task(self) -> Task:

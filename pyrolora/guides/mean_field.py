@@ -134,4 +134,6 @@ def _check_linear(program: PyroLoRA, latents: Sequence[Latent]) -> None:
         assert group is not None
         for path, _ in group.holders:
             if not isinstance(program.model.get_submodule(path), nn.Linear):
-                raise ValueError(f'{path} is not linear: noise="example" cannot serve {latent.name!r}; use noise="weight"')
+                raise ValueError(
+                    f'{path} is not linear: noise="example" cannot serve {latent.name!r}; use noise="weight"'
+                )

@@ -124,16 +124,6 @@ class Objective(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         return self.guide.load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Called by the Trainer for ``gradient_checkpointing=True``."""
-        self.program.enable_activation_checkpointing()
-
-
-
-
-
-
-
 
 def _divergence(q: Mapping[str, Any], p: Mapping[str, Any]) -> Tensor:
     try:

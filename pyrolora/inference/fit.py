@@ -81,8 +81,7 @@ def fit(
         guide.bind(program)
         guide.to(program.device)
         objective = Objective(program, guide, temperature, num_particles)
-        args = copy.copy(args)
-        args.remove_unused_columns = False
+        args = _own(args, program)
         assert program.task is not None
         trainer = ELBOTrainer(
             objective, args=args, train_dataset=train, eval_dataset=validation, data_collator=program.task.collate
@@ -102,6 +101,19 @@ def fit(
         posterior.history = trainer.state.log_history
         guide.post_fit(program)
     return posterior
+
+
+def _own(args: TrainingArguments, program: PyroLoRA) -> TrainingArguments:
+    """A copy of the arguments, with what the program does itself taken over from the Trainer."""
+    args = copy.copy(args)
+    args.remove_unused_columns = False
+    # Two names of one option in transformers 5.x; the program's own kind puts the draw back on for the recomputation.
+    names = ("gradient_checkpointing", "activation_checkpointing")
+    if any(getattr(args, name, False) for name in names):
+        program.enable_activation_checkpointing()
+        for name in names:
+            setattr(args, name, False)
+    return args
 
 
 def _training_split(program: PyroLoRA, train: Dataset | None) -> Dataset:

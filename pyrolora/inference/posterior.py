@@ -122,7 +122,9 @@ class Posterior:
     def _runner(self, num_draws: int, seed: int, chunk_size: int, vectorise: bool) -> Runner:
         random = set(self.guide.random_sites()) if num_draws > 0 else set()
         fixed = {name: value for name, value in self.mean().items() if name not in random}
-        draws = {name: value for name, value in self.draw(num_draws, seed=seed).items() if name in random} if random else {}
+        draws = (
+            {name: value for name, value in self.draw(num_draws, seed=seed).items() if name in random} if random else {}
+        )
         return Runner(self.program, draws, fixed, chunk_size=chunk_size, vectorise=vectorise)
 
     def _check_data(self, data: Dataset) -> None:
@@ -270,7 +272,9 @@ class Posterior:
         try:
             guide.load_state_dict(state)
         except RuntimeError as error:
-            raise ArchiveError(f"{folder / 'posterior.safetensors'} does not fit its posterior.json: {error}") from error
+            raise ArchiveError(
+                f"{folder / 'posterior.safetensors'} does not fit its posterior.json: {error}"
+            ) from error
         posterior = cls(program, guide.to(program.device), temperature=meta["temperature"], seed=meta["seed"])
         posterior.history = meta["history"]
         guide.eval()

@@ -35,9 +35,7 @@ class Runner:
         vectorise: False runs draw by draw.
     """
 
-    def __init__(
-        self, program: PyroLoRA, draws: Draws, fixed: Draws, *, chunk_size: int = 8, vectorise: bool = True
-    ):
+    def __init__(self, program: PyroLoRA, draws: Draws, fixed: Draws, *, chunk_size: int = 8, vectorise: bool = True):
         self.program = program
         self.draws = dict(draws)
         self.fixed = dict(fixed)
@@ -124,5 +122,7 @@ def _by_length(data: Dataset) -> list[int]:
     """Rows from long to short: little padding, and a batch that does not fit in memory fails at once."""
     if "input_ids" not in data.column_names:
         return list(range(len(data)))
-    lengths: list[Any] = [len(ids) if ids and not isinstance(ids[0], list) else sum(map(len, ids)) for ids in data["input_ids"]]
+    lengths: list[Any] = [
+        len(ids) if ids and not isinstance(ids[0], list) else sum(map(len, ids)) for ids in data["input_ids"]
+    ]
     return sorted(range(len(data)), key=lambda i: -lengths[i])

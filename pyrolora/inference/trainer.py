@@ -24,8 +24,8 @@ class ELBOTrainer(Trainer):
     The loss is ``−L_β / N`` of each (micro-)batch. It is a mean over the batch plus KL/N, so accumulation and data
     parallelism, which average losses, count the KL exactly once per step.
 
-    Logs, in nats per training example: ``elbo`` (β = 1), ``objective`` (at the run's β), ``data``, ``kl``, and
-    ``kl/<site>`` for each site, each the mean over the steps since the last log.
+    Logs the terms of the objective in nats per training example, see `summary`, each the mean over the steps since
+    the last log.
     """
 
     def __init__(self, objective: Objective, **kwargs: Any):
@@ -39,7 +39,6 @@ class ELBOTrainer(Trainer):
         self._terms: list[Terms] = []
         super().__init__(model=objective, **kwargs)
         self.loss_is_scaled_for_ga = False
-        self.add_callback(_FiniteGradients(objective))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_Progress)
 
@@ -60,6 +59,19 @@ class ELBOTrainer(Trainer):
             raise NonFiniteError(self._explain(terms, inputs))
         if self.objective.training:
             self._terms.append(terms)
+        return loss
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward, checked before clipping spreads a NaN and an update writes it into the guide."""
+        loss = super().training_step(model, *args, **kwargs)
+        named = [(name, p.grad) for name, p in self.objective.guide.named_parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
+        if not bool(torch.isfinite(norms).all()):
+            bad = [name for (name, _), norm in zip(named, norms, strict=True) if not torch.isfinite(norm)]
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: the gradient of {', '.join(bad)} is not finite; the guide keeps its "
+                "state from before this step. Lower the learning rate, or check the base model's weights."
+            )
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> tuple:
@@ -92,19 +104,34 @@ class ELBOTrainer(Trainer):
         task = self.objective.program.task
         if task is None or "input_ids" not in inputs:
             return ""
-        shown = [task.tokenizer.decode(inputs["input_ids"][row].flatten(), skip_special_tokens=True) for row in rows[:3]]
+        shown = [
+            task.tokenizer.decode(inputs["input_ids"][row].flatten(), skip_special_tokens=True) for row in rows[:3]
+        ]
         return " (" + "; ".join(repr(text[:80]) for text in shown) + ")"
 
 
 def summary(terms: list[Terms], objective: Objective) -> dict[str, float]:
-    """Means of the objective's terms over steps, in nats per training example."""
+    """Means of the objective's terms over steps, in nats per training example.
+
+    ``objective = data − β (kl − log_prior)`` and ``elbo`` is the same at β = 1. ``kl`` is over random sites;
+    ``log_prior`` is the prior's log density at sites with a point estimate, whose KL would be infinite.
+    """
     size = objective.program.num_data
     data = torch.stack([t.data for t in terms]).mean().item() / size
-    kl = {name: torch.stack([t.kl[name] for t in terms]).mean().item() / size for name in terms[0].kl}
-    total = sum(kl.values())
-    beta = objective.elbo.temperature
-    named = {f"kl/{name}": value for name, value in kl.items()}
-    return {"elbo": data - total, "objective": data - beta * total, "data": data, "kl": total, **named}
+    cost = {name: torch.stack([t.kl[name] for t in terms]).mean().item() / size for name in terms[0].kl}
+    random = set(objective.guide.random_sites())
+    kl = {name: value for name, value in cost.items() if name in random}
+    log_prior = {name: 0.0 - value for name, value in cost.items() if name not in random}
+    total = sum(cost.values())
+    return {
+        "elbo": data - total,
+        "objective": data - objective.elbo.temperature * total,
+        "data": data,
+        "kl": sum(kl.values()),
+        "log_prior": sum(log_prior.values()),
+        **{f"kl/{name}": value for name, value in kl.items()},
+        **{f"log_prior/{name}": value for name, value in log_prior.items()},
+    }
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -122,25 +149,6 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-class _FiniteGradients(TrainerCallback):
-    """Stops before an update that would write NaN into the guide."""
-
-    def __init__(self, objective: Objective):
-        self.objective = objective
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        named = [(n, p.grad) for n, p in self.objective.guide.named_parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
-        if not bool(torch.isfinite(norms).all()):
-            bad = [name for (name, _), norm in zip(named, norms, strict=True) if not torch.isfinite(norm)]
-            raise NonFiniteError(
-                f"step {state.global_step + 1}: the gradient of {', '.join(bad)} is not finite; the guide keeps its "
-                "state from before this step. Lower the learning rate or set max_grad_norm."
-            )
-
-
 class _Progress(ProgressCallback):
     """The Trainer's progress bar, with the objective beside it in place of a printed line for each log."""
 
@@ -148,4 +156,6 @@ class _Progress(ProgressCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and self.training_bar is not None and logs and "elbo" in logs:
-            self.training_bar.set_postfix(elbo=f"{logs['elbo']:.3f}", data=f"{logs['data']:.3f}", kl=f"{logs['kl']:.3f}")
+            self.training_bar.set_postfix(
+                elbo=f"{logs['elbo']:.3f}", data=f"{logs['data']:.3f}", kl=f"{logs['kl']:.3f}"
+            )

@@ -4,6 +4,7 @@ from pyrolora.tasks.base import Task
 from pyrolora.tasks.data import DataError, DataSource
 from pyrolora.tasks.language_modeling import LanguageModeling
 from pyrolora.tasks.multiple_choice import AnswerTokenChoice, CandidateChoice
+from pyrolora.tasks.physical_commonsense import PhysicalCommonsense
 from pyrolora.tasks.sequence_classification import SequenceClassification
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DataError",
     "DataSource",
     "LanguageModeling",
+    "PhysicalCommonsense",
     "SequenceClassification",
     "Task",
 ]

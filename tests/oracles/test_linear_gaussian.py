@@ -42,9 +42,7 @@ def elbo(truth: LinearGaussian, guide: MeanField, particles: int) -> tuple[float
     """Mean and standard error of ELBO estimates."""
     with torch.no_grad(), isolated(3):
         loss = TemperedELBO()
-        draws = torch.stack(
-            [-loss.differentiable_loss(truth.program, guide, truth.batch) for _ in range(particles)]
-        )
+        draws = torch.stack([-loss.differentiable_loss(truth.program, guide, truth.batch) for _ in range(particles)])
     return float(draws.mean()), float(draws.std() / math.sqrt(particles))
 
 
@@ -129,4 +127,6 @@ def test_example_noise_has_the_same_expectation() -> None:
         set_to(guide, truth.mean, truth.covariance.diagonal())
         with guide.hooks(truth.program):
             values[noise] = elbo(truth, guide, 1500)
-    assert values["weight"][0] == pytest.approx(values["example"][0], abs=4 * (values["weight"][1] + values["example"][1]))
+    assert values["weight"][0] == pytest.approx(
+        values["example"][0], abs=4 * (values["weight"][1] + values["example"][1])
+    )
