@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.types import _size
 
 
 class Centred(dist.Normal):
@@ -14,8 +15,8 @@ class Centred(dist.Normal):
     KL is that of the Normal, and the value placed on the model is the mean, to which the noise is added.
     """
 
-    def rsample(self, sample_shape: torch.Size | list[int] = torch.Size()) -> Tensor:  # noqa: B008 - torch's signature
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008 - torch's signature
         return self.loc.expand(self._extended_shape(sample_shape))
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> Centred:
+    def expand(self, batch_shape: _size, _instance: object = None) -> Centred:
         return Centred(self.loc.expand(batch_shape), self.scale.expand(batch_shape), validate_args=False)

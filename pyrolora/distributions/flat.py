@@ -6,6 +6,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
+from torch.types import _size
 
 
 class Flat(TorchDistribution):
@@ -31,12 +32,12 @@ class Flat(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    def rsample(self, sample_shape: torch.Size | list[int] = torch.Size()) -> Tensor:  # noqa: B008 - torch's signature
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008 - torch's signature
         return self.start.expand(self._extended_shape(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         batch = value.shape[: value.dim() - len(self.event_shape)]
         return value.new_zeros(torch.broadcast_shapes(batch, self.batch_shape))
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> Flat:
+    def expand(self, batch_shape: _size, _instance: object = None) -> Flat:
         return Flat(self.start.expand(*batch_shape, *self.event_shape), len(self.event_shape))

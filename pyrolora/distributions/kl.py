@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, register_kl
 
-from pyrolora.distributions.matrix_normal import MatrixNormal, column_variance, log_det_tril, row_variance
+from pyrolora.distributions.matrix_normal import MatrixNormal, log_det_tril
 
 
 @register_kl(Independent, MatrixNormal)
@@ -23,12 +23,11 @@ def kl_independent_matrix_normal(q: Independent, p: MatrixNormal) -> Tensor:
     if not isinstance(q.base_dist, Normal) or len(q.event_shape) != 2:
         raise NotImplementedError("only an elementwise Normal over matrices has this closed form")
     scale = q.base_dist.scale
-    row = _inverse_diagonal(p.row_scale_tril, like=row_variance(p))
-    column = _inverse_diagonal(p.column_scale_tril, like=column_variance(p))
+    rows, columns = q.event_shape
+    row, column = _inverse_diagonal(p.row_scale_tril, rows, p), _inverse_diagonal(p.column_scale_tril, columns, p)
     trace = (scale.square() * row.unsqueeze(-1) * column.unsqueeze(-2)).sum((-2, -1))
     squared = p.whiten(q.base_dist.loc - p.loc).square().sum((-2, -1))
-    size = q.event_shape.numel()
-    return 0.5 * (trace + squared - size) + p.half_log_det() - scale.log().sum((-2, -1))
+    return 0.5 * (trace + squared - rows * columns) + p.half_log_det() - scale.log().sum((-2, -1))
 
 
 @register_kl(MatrixNormal, MatrixNormal)
@@ -50,10 +49,12 @@ def kl_matrix_normal_matrix_normal(q: MatrixNormal, p: MatrixNormal) -> Tensor:
     return 0.5 * (trace + squared - rows * columns) + log_ratio
 
 
-def _inverse_diagonal(factor: Tensor | None, like: Tensor) -> Tensor:
+def _inverse_diagonal(factor: Tensor | None, size: int, p: MatrixNormal) -> Tensor:
+    """``diag((L Lᵀ)⁻¹)``, the squared norms of the columns of ``L⁻¹``."""
     if factor is None:
-        return torch.ones_like(like)
-    return torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1)
+        return p.loc.new_ones(size)
+    eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, eye, upper=False).square().sum(-2)
 
 
 def _trace_ratio(q: Tensor | None, p: Tensor | None, size: int) -> Tensor:

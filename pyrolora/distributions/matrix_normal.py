@@ -9,6 +9,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import _standard_normal
+from torch.types import _size
 
 
 class MatrixNormal(TorchDistribution):
@@ -63,7 +64,7 @@ class MatrixNormal(TorchDistribution):
         """Elementwise variance ``diag(K_r) diag(K_c)ᵀ``."""
         return (row_variance(self).unsqueeze(-1) * column_variance(self).unsqueeze(-2)).expand(self.loc.shape)
 
-    def rsample(self, sample_shape: torch.Size | list[int] = torch.Size()) -> Tensor:  # noqa: B008 - torch's signature
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008 - torch's signature
         noise = _standard_normal(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
         return self.loc + self.color(noise)
 
@@ -91,7 +92,7 @@ class MatrixNormal(TorchDistribution):
         squared = self.whiten(value - self.loc).square().sum((-2, -1))
         return -0.5 * (squared + self.event_shape.numel() * math.log(2 * math.pi)) - self.half_log_det()
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> MatrixNormal:
+    def expand(self, batch_shape: _size, _instance: object = None) -> MatrixNormal:
         return MatrixNormal(
             self.loc.expand(*batch_shape, *self.event_shape),
             self.row_scale_tril,

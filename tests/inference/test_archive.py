@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pyrolora import guides, likelihoods, priors
+from pyrolora.inference import archive
+from pyrolora.inference.archive import ArchiveError, describe, read_meta, read_state, rebuild, write, write_json
+
+META = {
+    "guide": {"class": "guides.MAP", "init": {}},
+    "priors": {"*": {"class": "priors.Flat", "init": {}}},
+    "likelihood": {"class": "likelihoods.Categorical", "init": {"num_classes": 3}},
+    "num_data": 10,
+    "temperature": 1.0,
+    "seed": 0,
+    "sites": {"lora.query.A": [2, 3, 4]},
+    "fingerprint": "ab" * 32,
+    "history": [{"loss": 1.5}],
+}
+STATE = {"points.a": torch.arange(6.0).reshape(2, 3), "points.b": torch.ones(4, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path, state=STATE, meta=META)
+    return tmp_path
+
+
+def arguments(thing: object) -> dict:
+    return {name: getattr(thing, name) for name in inspect.signature(type(thing)).parameters}
+
+
+def my_prior(site):
+    return None
+
+
+# -- describe and rebuild --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        guides.MAP(),
+        guides.MeanField(random="*.B", init_scale=0.3, noise="example"),
+        guides.MeanField(random=["*.A", "head.*"]),
+        priors.Normal("fan_in"),
+        priors.Normal(0.25),
+        priors.Flat(),
+        priors.MatrixNormal(0.1, [[1.0, 0.5], [0.5, 1.0]]),
+        priors.Hierarchical(0.1, 2.0),
+        priors.ARD(0.1),
+        priors.Horseshoe(0.01, slab_scale=0.3, slab_df=5.0),
+        likelihoods.Categorical(4),
+        likelihoods.AnswerTokens([4, 7, 9]),
+        likelihoods.Normal(prior_loc=1.5, prior_scale=0.5),
+        likelihoods.Normal(0.1),
+    ],
+    ids=lambda thing: f"{type(thing).__module__.split('.')[1]}.{type(thing).__name__}",
+)
+def test_objects_come_back_through_json(thing):
+    """Law: rebuild(JSON(describe(x))) is of x's class and has x's constructor arguments."""
+    back = rebuild(json.loads(json.dumps(describe(thing), allow_nan=False)), where="file")
+    assert type(back) is type(thing)
+    expected, found = arguments(thing), arguments(back)
+    assert {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()} == {
+        n: list(v) if isinstance(v, tuple) else v for n, v in expected.items()
+    }
+
+
+def test_mappings_keep_their_order():
+    """Law: patterns come back in the order in which they were declared, since the first match wins."""
+    declared = {"lora.z.*": priors.Normal(1.0), "*.A": priors.ARD(), "*": priors.Flat()}
+    back = rebuild(json.loads(json.dumps(describe(declared))), where="file")
+    assert [(n, type(p)) for n, p in back.items()] == [(n, type(p)) for n, p in declared.items()]
+
+
+def test_somebodys_own_code_is_named_not_stored():
+    """Law: a function or class from elsewhere becomes its name, and loading it is an error that says what to do."""
+
+    class Mine(priors.Normal):
+        """A subclass that this package does not export."""
+
+    assert describe({"*": my_prior}) == {"*": {"custom": "my_prior"}}
+    assert describe(Mine(1.0)) == {"custom": "Mine"}
+    with pytest.raises(ArchiveError, match=r"file: \*: 'my_prior' is code of yours.*give priors= again"):
+        rebuild({"*": {"custom": "my_prior"}}, where="file")
+
+
+HOSTILE = [
+    "os.system",
+    "subprocess.Popen",
+    "builtins.eval",
+    "torch.load",
+    "torch.nn.Linear",
+    "pyrolora.priors.Normal",
+    "tasks.SequenceClassification",
+    "inference.archive.write",
+    "priors.__import__",
+    "priors.__all__",
+    "priors.__loader__",
+    "priors.by_site",  # exported, but a function
+    "priors.Prior",  # exported, but an alias
+    "priors.PriorError",  # exported, but an error
+    "priors.base.positive",
+    "priors.normal.Normal",
+    "priors.normal",
+    "priors.math",
+    "priors.",
+    "priors",
+    ".Normal",
+    "",
+    "guides.MAP.bind",
+    "guides.Posterior",
+    "likelihoods.Likelihood",  # abstract
+    "../priors.Normal",
+    "priors/Normal",
+    "/etc/passwd",
+    "priors.Normal\n",
+    "priors.Normal; import os",
+    None,
+    7,
+    ["priors", "Normal"],
+    {"class": "priors.Flat", "init": {}},
+]
+
+
+@pytest.mark.parametrize("path", HOSTILE, ids=repr)
+def test_nothing_but_exported_classes_is_constructed(path, monkeypatch, tmp_path):
+    """Law: a class path that is not an exported guide, prior or likelihood is an error, and nothing is run."""
+    ran = []
+    monkeypatch.setattr(os, "system", ran.append)
+    monkeypatch.setattr(priors, "by_site", lambda **arguments: ran.append(arguments))
+    for init in ({}, {"priors": {}, "sites": []}, {"command": f"touch {tmp_path}/ran"}):
+        with pytest.raises(ArchiveError, match="file"):
+            rebuild({"class": path, "init": init}, where="file")
+    assert ran == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_class_that_is_not_exported_is_not_constructed(monkeypatch):
+    """Law: a prior's class that stands in the package but not in its __all__ is refused."""
+    monkeypatch.setattr(priors, "Hidden", type("Hidden", (priors.Flat,), {}), raising=False)
+    with pytest.raises(ArchiveError, match=r"'priors\.Hidden' is not a class that a posterior may hold"):
+        rebuild({"class": "priors.Hidden", "init": {}}, where="file")
+
+
+def test_other_spellings_stay_data():
+    """Law: what is not this package's own description is data: a foreign "class_path" is returned, never followed."""
+    foreign = {"class_path": "os.system", "init_args": {"command": "true"}}
+    assert rebuild(foreign, where="file") == foreign
+    assert rebuild("os.system", where="file") == "os.system"
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        {"class": "priors.Normal", "init": {"scale": -1.0}},
+        {"class": "priors.Normal", "init": {"scale": 1.0, "more": 2}},
+        {"class": "priors.Normal", "init": {"scale": {"class": "priors.Flat", "init": {}}}},
+        {"class": "priors.Normal", "init": {}},
+        {"class": "priors.Normal", "init": {"scale": "import os"}},
+        {"class": "priors.ARD", "init": {"scale": "wide"}},
+        {"class": "likelihoods.Categorical", "init": {"num_classes": float("inf")}},
+        {"class": "likelihoods.AnswerTokens", "init": {"token_ids": 3}},
+        {"class": "guides.MeanField", "init": {"__class__": "x"}},
+    ],
+    ids=str,
+)
+def test_arguments_that_a_constructor_refuses(description):
+    """Law: whatever a constructor raises on a file's arguments is an ArchiveError with the file and the class."""
+    with pytest.raises(ArchiveError, match=rf"file: {description['class']} refuses its saved arguments"):
+        rebuild(description, where="file")
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        {"class": "priors.Flat"},
+        {"class": "priors.Flat", "init": []},
+        {"class": "priors.Flat", "init": None},
+        {"class": "priors.Flat", "init": {}, "and": 1},
+    ],
+    ids=str,
+)
+def test_descriptions_have_one_form(description):
+    """Law: a description is a class and its arguments, no less and no more."""
+    with pytest.raises(ArchiveError, match="not a class that a posterior may hold"):
+        rebuild(description, where="file")
+
+
+def test_hostile_descriptions_inside_arguments():
+    """Law: an argument is checked as strictly as the object that it is for."""
+    nested = {"class": "guides.MeanField", "init": {"random": [{"class": "os.system", "init": {}}]}}
+    with pytest.raises(ArchiveError, match=r"file: random: 'os\.system'"):
+        rebuild(nested, where="file")
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read(folder):
+    """Law: tensors come back bitwise with their types, metadata as it was, and no other file stays behind."""
+    state, meta = read_state(folder), read_meta(folder)
+    assert state.keys() == STATE.keys()
+    for name, value in STATE.items():
+        assert state[name].dtype == value.dtype and torch.equal(state[name], value)
+    assert {name: meta[name] for name in META} == META
+    assert sorted(path.name for path in folder.iterdir()) == ["posterior.json", "posterior.safetensors"]
+    assert load_file(folder / "posterior.safetensors").keys() == STATE.keys()  # an ordinary safetensors file
+
+
+def test_any_tensor_can_be_written(tmp_path):
+    """Law: parameters, transposed and expanded tensors, scalars and an empty state are written as their values."""
+    state = {
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "transposed": torch.arange(6.0).reshape(2, 3).T,
+        "expanded": torch.zeros(()).expand(3),
+        "scalar": torch.tensor(3),
+    }
+    write(tmp_path, state=state, meta=META)
+    assert all(torch.equal(value, state[name]) for name, value in read_state(tmp_path).items())
+    write(tmp_path, state={}, meta=META)
+    assert read_state(tmp_path) == {}
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    """Law: a log with NaN or infinity does not keep a posterior from being saved; strict JSON has null there."""
+    history = [{"loss": float("nan"), "grad_norm": (float("inf"), 1.0)}]
+    write(tmp_path, state=STATE, meta={**META, "history": history})
+    assert read_meta(tmp_path)["history"] == [{"loss": None, "grad_norm": [None, 1.0]}]
+    assert "NaN" not in (tmp_path / "posterior.json").read_text()
+
+
+@pytest.mark.parametrize("step", ["tensors", "json", "replace"])
+def test_a_failed_write_leaves_the_old_posterior(folder, monkeypatch, step):
+    """Law: where tensors, JSON or the final move fail, the old posterior is still there and no piece of the new."""
+    meta = META
+
+    def fail(*arguments, **options):
+        raise OSError("no space left on device")
+
+    if step == "tensors":
+        monkeypatch.setattr(archive, "save_file", fail)
+    elif step == "json":
+        meta = {**META, "history": [object()]}
+    else:
+        monkeypatch.setattr(os, "replace", fail)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises((OSError, TypeError)):
+        write(folder, state={"other": torch.zeros(3)}, meta=meta)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_write_json_is_whole_or_not_at_all(tmp_path):
+    """Law: JSON that cannot be written leaves the old file, and nothing beside it."""
+    path = tmp_path / "report.json"
+    write_json(path, {"a": 1, "name": "Ångström"})
+    assert json.loads(path.read_text()) == {"a": 1, "name": "Ångström"}
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text())["a"] == 1 and [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_every_truncation_of_the_tensors_is_noticed(folder):
+    """Law: a tensor file cut anywhere is an error that names the file."""
+    path = folder / "posterior.safetensors"
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ArchiveError, match=r"posterior\.safetensors is damaged"):
+            read_state(folder)
+
+
+def test_every_flipped_bit_of_the_tensors_is_noticed(folder):
+    """Law: one bit flipped anywhere, in the header or in a weight, is an error that names the file."""
+    path = folder / "posterior.safetensors"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << (position % 8)
+        path.write_bytes(bytes(flipped))
+        with pytest.raises(ArchiveError, match=r"posterior\.safetensors is damaged"):
+            read_state(folder)
+
+
+def test_tensors_of_another_posterior_are_noticed(folder):
+    """Law: a valid tensor file that the JSON was not written for is an error, not another posterior's weights."""
+    save_file({name: value + 1 for name, value in STATE.items()}, str(folder / "posterior.safetensors"))
+    with pytest.raises(ArchiveError, match=r"not the file that posterior\.json belongs to"):
+        read_state(folder)
+
+
+def test_a_file_that_is_no_safetensors_file(folder):
+    """Law: a foreign file is an error also where its digest is the one that the JSON states."""
+    path = folder / "posterior.safetensors"
+    path.write_bytes(b"\x80\x04pickle, perhaps")
+    meta = read_meta(folder)
+    write_json(folder / "posterior.json", {**meta, "sha256": archive._digest(path)})
+    with pytest.raises(ArchiveError, match="not a safetensors file"):
+        read_state(folder)
+
+
+def test_missing_files(folder):
+    """Law: each missing file is named, and a folder that holds no posterior is said to be none."""
+    (folder / "posterior.safetensors").unlink()
+    with pytest.raises(ArchiveError, match=r"posterior\.safetensors does not exist"):
+        read_state(folder)
+    (folder / "posterior.json").unlink()
+    with pytest.raises(ArchiveError, match=r"posterior\.json does not exist.*save_pretrained"):
+        read_meta(folder)
+    with pytest.raises(ArchiveError, match="does not exist"):
+        read_meta(folder / "nowhere")
+
+
+def test_every_truncation_of_the_json_is_noticed(folder):
+    """Law: a JSON file cut anywhere before its last brace is an error that names the file."""
+    path = folder / "posterior.json"
+    whole = path.read_text()
+    for length in range(0, whole.rindex("}"), 5):
+        path.write_text(whole[:length])
+        with pytest.raises(ArchiveError, match=r"posterior\.json cannot be read"):
+            read_meta(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\x00", b"[" * 200_000, b"[1]", b'"x"', b"null", b"{}", b'{"guide": {}}'],
+    ids=lambda c: str(c[:9]),
+)
+def test_foreign_json(folder, content):
+    """Law: bytes that are no text, bottomless nesting, and JSON of something else are errors that name the file."""
+    (folder / "posterior.json").write_bytes(content)
+    with pytest.raises(ArchiveError, match=r"posterior\.json (cannot be read|is not a posterior)"):
+        read_meta(folder)
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None])
+def test_other_formats(folder, version):
+    """Law: another format is an error that shows both versions, whatever else the file holds."""
+    write_json(folder / "posterior.json", {"format": version, "new_field": 1})
+    with pytest.raises(ArchiveError, match=rf"format {version}, this version reads 1"):
+        read_meta(folder)
+
+
+@pytest.mark.parametrize("field", [*META, "sha256"])
+@pytest.mark.parametrize("value", [None, object])
+def test_missing_and_mistyped_fields(folder, field, value):
+    """Law: a field that is missing or of another type is named before anything is built from the file."""
+    meta = read_meta(folder)
+    if value is None:
+        del meta[field]
+    else:
+        meta[field] = 3.5 if isinstance(meta[field], str) else "text"
+    write_json(folder / "posterior.json", meta)
+    with pytest.raises(ArchiveError, match=rf"not a whole posterior: {field} missing or of another type"):
+        read_meta(folder)
