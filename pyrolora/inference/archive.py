@@ -93,6 +93,12 @@ def rebuild(description: Any, *, where: str) -> Any:
         raise ArchiveError(f"{where}: {description['class']} refuses its saved arguments: {error}") from error
 
 
+def _is_of_kind(description: Any, kind: str) -> bool:
+    if not isinstance(description, dict):
+        return False
+    return description.keys() == {"custom"} or str(description.get("class")).startswith(f"{kind}.")
+
+
 def _public_class(path: Any) -> type | None:
     """``"priors.Normal"`` → the class, if it is a guide, prior or likelihood that this package exports."""
     kind, _, name = path.partition(".") if isinstance(path, str) else ("", "", "")
@@ -140,6 +146,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise ArchiveError(f"{path} has format {meta['format']}, this version reads {FORMAT}: update pyrolora")
     if wrong := [name for name, kind in _FIELDS.items() if not isinstance(meta.get(name), kind)]:
         raise ArchiveError(f"{path} is not a whole posterior: {', '.join(wrong)} missing or of another type")
+    described = {"guide": (meta["guide"], "guides"), "likelihood": (meta["likelihood"], "likelihoods")}
+    described |= {f"the prior for {name!r}": (prior, "priors") for name, prior in meta["priors"].items()}
+    if foreign := [name for name, (description, kind) in described.items() if not _is_of_kind(description, kind)]:
+        raise ArchiveError(f"{path}: {', '.join(foreign)}: another kind of thing stands there")
     return meta
 
 

@@ -360,3 +360,31 @@ def test_missing_and_mistyped_fields(folder, field, value):
     write_json(folder / "posterior.json", meta)
     with pytest.raises(ArchiveError, match=rf"not a whole posterior: {field} missing or of another type"):
         read_meta(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"guide": {"class": "priors.Flat", "init": {}}}, "guide"),
+        ({"guide": {"class_path": "os.system", "init_args": {"command": "true"}}}, "guide"),
+        ({"guide": {}}, "guide"),
+        ({"likelihood": {"class": "guides.MAP", "init": {}}}, "likelihood"),
+        ({"likelihood": {"class": ["likelihoods.Normal"], "init": {}}}, "likelihood"),
+        ({"priors": {"*.A": META["priors"]["*"], "*": {"class": "guides.MAP", "init": {}}}}, r"the prior for '\*'"),
+        ({"priors": {"*": "Flat"}}, r"the prior for '\*'"),
+        ({"priors": {"*": {"custom": "f", "class": "os.system"}}}, r"the prior for '\*'"),
+    ],
+    ids=str,
+)
+def test_each_place_holds_its_own_kind(folder, change, named):
+    """Law: where a guide belongs stands a guide, likewise likelihood and priors; else the place is named."""
+    write_json(folder / "posterior.json", {**read_meta(folder), **change})
+    with pytest.raises(ArchiveError, match=rf"posterior\.json: {named}: another kind of thing"):
+        read_meta(folder)
+
+
+def test_somebodys_own_code_may_stand_anywhere(folder):
+    """Law: reading the metadata does not refuse what can only be given again; building it does."""
+    own = {"custom": "mine"}
+    write_json(folder / "posterior.json", {**read_meta(folder), "guide": own, "likelihood": own, "priors": {"*": own}})
+    assert read_meta(folder)["guide"] == own
