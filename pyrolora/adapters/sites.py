@@ -39,7 +39,7 @@ class SiteGroup:
         holders: For each layer the module that holds the parameter, and the parameter's name there.
         layers: For each layer the name of the adapted module in the base model.
         shape: ``(layers, *event_shape)``.
-        dims: Names of the dimensions, the first is ``layer``.
+        dims: Names of the dimensions; the first is ``layer``, or ``head`` (of size 1) for a head.
         scaling: PEFT's ``lora_alpha / r`` (or rsLoRA's) for each layer; ones for a head.
         dtype: The type in which PEFT keeps the parameter.
     """
@@ -128,7 +128,7 @@ def _named(groups: Mapping[tuple, list[_Parameter]]) -> dict[str, SiteGroup]:
             holders=tuple(p.holder for p in found),
             layers=tuple(p.layer for p in found),
             shape=torch.Size((len(found), *event)),
-            dims=("layer", *(dims if len(dims) == len(event) else (f"dim_{i}" for i in range(len(event))))),
+            dims=("head" if role == "head" else "layer", *(dims if len(dims) == len(event) else (f"dim_{i}" for i in range(len(event))))),
             scaling=tuple(p.scaling for p in found),
             dtype=found[0].value.dtype,
         )

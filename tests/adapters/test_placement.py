@@ -278,6 +278,11 @@ def test_blocks_nest():
             assert torch.equal(placement.current()["lora.q_proj.A"], inner["lora.q_proj.A"])
             assert torch.equal(placement.current()["lora.q_proj.B"], outer["lora.q_proj.B"])
         assert all(torch.equal(value, outer[name]) for name, value in placement.current().items())
+    again = placement.placed(outer)
+    with again:
+        with again:
+            pass
+        assert all(torch.equal(value, outer[name]) for name, value in placement.current().items())
     assert all(torch.equal(value, own[name]) for name, value in placement.current().items())
 
 
