@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-DIMS = {"A": ("rank", "in_feature"), "B": ("out_feature", "rank")}
+_DIMS = {"A": ("rank", "in_feature"), "B": ("out_feature", "rank")}
 
 
 class AdapterError(ValueError):
@@ -67,8 +67,12 @@ class SiteGroup:
 
     @property
     def fan_in(self) -> int:
-        """Number of inputs that one output of this parameter sums over: its last dimension (1 for a bias)."""
-        return self.shape[-1] if self.event_dim > 1 else 1
+        """Number of inputs that one output of this parameter sums over: its last dimension.
+
+        1 for a bias, and for the A of an embedding, of which each token reads a single column.
+        """
+        embedding = self.role == "A" and self.holders[0][0].endswith(".lora_embedding_A")
+        return 1 if embedding or self.event_dim == 1 else self.shape[-1]
 
     @property
     def plate(self) -> str:
@@ -121,18 +125,24 @@ def _named(groups: Mapping[tuple, list[_Parameter]]) -> dict[str, SiteGroup]:
     for (kind, role, _, _), found in groups.items():
         name = _free_name(kind, role, sites)
         event = found[0].value.shape
-        dims = DIMS.get(role) or (("out_feature", "in_feature") if len(event) == 2 else ("feature",))
         sites[name] = SiteGroup(
             name=name,
             role=role,
             holders=tuple(p.holder for p in found),
             layers=tuple(p.layer for p in found),
             shape=torch.Size((len(found), *event)),
-            dims=("head" if role == "head" else "layer", *(dims if len(dims) == len(event) else (f"dim_{i}" for i in range(len(event))))),
+            dims=_dims(role, len(event)),
             scaling=tuple(p.scaling for p in found),
             dtype=found[0].value.dtype,
         )
     return sites
+
+
+def _dims(role: str, event_dim: int) -> tuple[str, ...]:
+    if role != "head":
+        return ("layer", *_DIMS[role])
+    known = {1: ("feature",), 2: ("out_feature", "in_feature")}
+    return ("head", *known.get(event_dim, tuple(f"dim_{i}" for i in range(event_dim))))
 
 
 def _free_name(kind: str, role: str, taken: Mapping[str, SiteGroup]) -> str:

@@ -64,13 +64,13 @@ def test_groups_stand_in_the_order_of_modules_and_a_before_b(architecture):
 
 
 def test_dimensions_are_named_after_what_they_index():
-    """Law: A is (layer, rank, in), B is (layer, out, rank), a head's weight (layer, out, in), its bias a feature."""
+    """Law: A is (layer, rank, in), B is (layer, out, rank), a head's weight (head, out, in), its bias a feature."""
     model = inject(transformers.BertForSequenceClassification(_bert()), target_modules=["query"], task_type="SEQ_CLS")
     sites = find_sites(model)
     assert sites["lora.query.A"].dims == ("layer", "rank", "in_feature")
     assert sites["lora.query.B"].dims == ("layer", "out_feature", "rank")
-    assert sites["head.classifier.weight"].dims == ("layer", "out_feature", "in_feature")
-    assert sites["head.classifier.bias"].dims == ("layer", "feature")
+    assert sites["head.classifier.weight"].dims == ("head", "out_feature", "in_feature")
+    assert sites["head.classifier.bias"].dims == ("head", "feature")
     assert [site.role for site in sites.values()] == ["A", "B", "head", "head"]
     assert [site.event_dim for site in sites.values()] == [2, 2, 2, 1]
     assert [site.fan_in for site in sites.values()] == [16, 2, 16, 1]
