@@ -37,10 +37,6 @@ def sites(recipe: Path) -> None:
     read = Recipe.read(recipe)
     program = read.build_program(read.build_task())
     print(program.sites)
-    print()
-    for name, prior in program.priors.items():
-        arguments = ", ".join(f"{k}={v}" for k, v in vars(prior).items())
-        print(f"{name} ~ {type(prior).__name__}({arguments})")
 
 
 def fit(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import html
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pyro
@@ -25,7 +27,7 @@ from pyrolora.adapters.placement import Placement
 from pyrolora.adapters.sites import SiteGroup, find_sites
 from pyrolora.distributions.flat import Flat
 from pyrolora.likelihoods.base import Likelihood
-from pyrolora.priors.base import Prior, checked
+from pyrolora.priors.base import Prior, PriorError, checked
 from pyrolora.priors.by_site import by_site
 from pyrolora.tasks.base import Task
 
@@ -61,23 +63,28 @@ class Latent:
 
 
 class Sites(dict[str, SiteGroup]):
-    """Site name to `SiteGroup`; prints as a table."""
+    """Site name to `SiteGroup`; prints as a table with the priors."""
 
-    def table(self) -> list[tuple[str, str, str, str]]:
-        """Rows of name, shape, number of parameters and first adapted module."""
+    def __init__(self, sites: Mapping[str, SiteGroup], priors: Mapping[str, Prior]):
+        super().__init__(sites)
+        self.priors = dict(priors)
+
+    def table(self) -> list[tuple[str, str, str, str, str]]:
+        """Rows of name, shape, number of parameters, prior and first adapted module."""
         return [
             (
                 name,
                 " × ".join(f"{d} {n}" for d, n in zip(s.dims, s.shape, strict=True)),
                 f"{s.shape.numel():,}",
+                _shown(self.priors[name]),
                 s.layers[0],
             )
             for name, s in self.items()
         ]
 
     def __repr__(self) -> str:
-        rows = [("site", "shape", "parameters", "first module"), *self.table()]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        rows = [("site", "shape", "parameters", "prior", "first module"), *self.table()]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
     def _repr_html_(self) -> str:
@@ -125,8 +132,9 @@ class PyroLoRA(nn.Module):
         self.model.requires_grad_(False)
         self.adapter_name = self.model.active_adapters[0]
         self.declared = dict(priors)
-        self.sites = Sites(find_sites(self.model, adapter=self.adapter_name))
-        self.priors = by_site(priors, self.sites)
+        sites = find_sites(self.model, adapter=self.adapter_name)
+        self.priors = by_site(priors, sites)
+        self.sites = Sites(sites, self.priors)
         self.placement = Placement(self.model, self.sites)
         self._recompute: list[Mapping[str, Tensor]] = []
         self._watch_checkpointing()
@@ -248,11 +256,14 @@ class PyroLoRA(nn.Module):
     def _find_latents(self) -> dict[str, Latent]:
         with torch.no_grad(), torch.random.fork_rng(), poutine.block():
             torch.manual_seed(0)
-            nodes = poutine.trace(self.sample_latents).get_trace().nodes
-            start = {**self.placement.current(), **self._hyper_medians()}
+            medians = self._hyper_medians()
+            # Priors are read at the medians of their hyper-parameters, which gives their typical scale.
+            program = poutine.condition(self.sample_latents, data=medians)
+            nodes = poutine.trace(program).get_trace().nodes
+            start = {**self.placement.current(), **medians}
         latents = {}
         for name, node in nodes.items():
-            if node["type"] != "sample" or node["is_observed"] or site_is_subsample(node):
+            if node["type"] != "sample" or site_is_subsample(node):
                 continue
             group = self.sites.get(name)
             latents[name] = Latent(
@@ -271,17 +282,36 @@ class PyroLoRA(nn.Module):
     def _hyper_medians(self, num_draws: int = 101) -> dict[str, Tensor]:
         """Medians of the hyper-parameters by simulation: they exist also where a mean does not (half-Cauchy)."""
 
-        def hyper_parameters() -> None:
-            for name, site in self.sites.items():
-                checked(self.priors[name], site)
-            self.likelihood.sample_parameters()
+        def sampled(function: Callable[[], Any]) -> dict[str, Tensor]:
+            nodes = poutine.trace(function).get_trace().nodes
+            return {n: node["value"] for n, node in nodes.items() if node["type"] == "sample"}
 
         values: dict[str, list[Tensor]] = {}
         for _ in range(num_draws):
-            for name, node in poutine.trace(hyper_parameters).get_trace().nodes.items():
-                if node["type"] == "sample" and not node["is_observed"]:
-                    values.setdefault(name, []).append(node["value"])
+            drawn = sampled(self.likelihood.sample_parameters)
+            for name, site in self.sites.items():
+                own = sampled(partial(checked, self.priors[name], site))
+                for hyper in own:
+                    _check_hyper_name(hyper, site)
+                drawn |= own
+            for name, value in drawn.items():
+                values.setdefault(name, []).append(value)
         return {name: torch.stack(rows).median(0).values for name, rows in values.items()}
+
+
+def _shown(prior: Prior) -> str:
+    """A prior as one would write it: ``Normal(scale=0.1)``, or the name of a function."""
+    if isinstance(prior, FunctionType):
+        return prior.__name__
+    return f"{type(prior).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(prior).items())})"
+
+
+def _check_hyper_name(name: str, site: SiteGroup) -> None:
+    if not name.startswith(f"{site.name}."):
+        raise PriorError(
+            f'site {site.name!r}: its prior samples {name!r}; name it f"{{site.name}}.{name}", so that guides know '
+            "whose hyper-parameter it is"
+        )
 
 
 def _rms_scale(fn: TorchDistributionMixin) -> float:

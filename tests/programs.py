@@ -42,7 +42,9 @@ def sentences(size: int, seed: int = 0) -> datasets.Dataset:
     for _ in range(size):
         count = int(generator.integers(2, 9))
         words = generator.choice(kind + unkind + ["house", "river", "stone"], count)
-        rows.append({"text": " ".join(words), "label": int(sum(w in kind for w in words) > sum(w in unkind for w in words))})
+        rows.append(
+            {"text": " ".join(words), "label": int(sum(w in kind for w in words) > sum(w in unkind for w in words))}
+        )
     return datasets.Dataset.from_list(rows)
 
 
@@ -53,7 +55,9 @@ def sentence_task(size: int = 24) -> SequenceClassification:
     )
 
 
-def tiny_bert(*, seed: int = 0, dropout: float = 0.0, layers: int = 2, labels: int = 2) -> BertForSequenceClassification:
+def tiny_bert(
+    *, seed: int = 0, dropout: float = 0.0, layers: int = 2, labels: int = 2
+) -> BertForSequenceClassification:
     config = BertConfig(
         vocab_size=len(tokenizer()),
         hidden_size=16,

@@ -28,8 +28,9 @@ class MeanField(Guide):
 
     Args:
         random: Pattern(s) of the sites that are random; the rest get a point estimate.
-        init_scale: σ at the start, as a fraction of the site's prior standard deviation where the prior is a scalar
-            Normal. In general the fraction of the root mean square of the prior's variance.
+        init_scale: σ at the start as a fraction of the prior's (root mean square) standard deviation. At 1 the KL
+            starts at zero; a small fraction c starts it at about ``−log c`` nats for every weight, which few training
+            runs are long enough to undo.
         scale_learning_rate: Learning rate of ``log σ`` as a multiple of that of ``μ``: Adam moves a logarithm by
             about its rate a step, too slow at rates that suit weights.
         noise: ``"weight"``: one draw for the whole batch. ``"example"``: an independent draw for each sequence,
@@ -42,8 +43,8 @@ class MeanField(Guide):
     def __init__(
         self,
         *,
-        random: str | Sequence[str] = "*.A",
-        init_scale: float = 0.1,
+        random: str | Sequence[str] = "*.B",
+        init_scale: float = 1.0,
         scale_learning_rate: float = 5.0,
         noise: Literal["weight", "example"] = "weight",
     ):

@@ -124,7 +124,7 @@ def _training_split(program: PyroLoRA, train: Dataset | None) -> Dataset:
         raise ValueError("there is no training data: give fit a train split")
     if len(train) != program.num_data:
         raise ValueError(
-            f"the program weighs the prior against N = {program.num_data} examples, the training split has {len(train)}. "
-            "Build the task on the split that you fit."
+            f"the program weighs the prior against N = {program.num_data} examples, the training split has "
+            f"{len(train)}. Build the task on the split that you fit."
         )
     return train

@@ -257,11 +257,12 @@ class Posterior:
         where = str(folder / "posterior.json")
         if priors is None:
             priors = archive.rebuild(meta["priors"], where=where)
-            if custom := [pattern for pattern, prior in priors.items() if not callable(prior)]:
-                raise ArchiveError(f"{where}: the prior(s) for {custom} are code of yours: give priors= again")
         if not (folder / "adapter_config.json").is_file():
             raise ArchiveError(f"{folder / 'adapter_config.json'} does not exist")
-        config = LoraConfig.from_pretrained(str(folder))
+        try:
+            config = LoraConfig.from_pretrained(str(folder))
+        except ValueError as error:
+            raise ArchiveError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
         likelihood = archive.rebuild(meta["likelihood"], where=where)
         with isolated(0):
             program = PyroLoRA(base_model, config, priors=priors, likelihood=likelihood, num_data=meta["num_data"])

