@@ -234,9 +234,12 @@ class PyroLoRA(nn.Module):
         # transformers renames "gradient" to "activation" checkpointing in 5.x; older releases know the first only.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable(options)
-        # Left on, this hook breaks vectorised prediction; without re-entrance nothing needs it.
-        with contextlib.suppress(AttributeError):
-            base.disable_input_require_grads()
+        # Hugging Face's and PEFT's input-require-grads hooks break vectorised prediction, and without re-entrance nothing
+        # needs them. Both libraries may have set one, while their own removal knows only of the last.
+        for module in base.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
+                    del module._forward_hooks[key]
 
     def _watch_checkpointing(self) -> None:
         if self._is_checkpointing():
@@ -259,7 +262,7 @@ class PyroLoRA(nn.Module):
             medians = self._hyper_medians()
             # Priors are read at the medians of their hyper-parameters, which gives their typical scale.
             program = poutine.condition(self.sample_latents, data=medians)
-            nodes = poutine.trace(program).get_trace().nodes
+            nodes: Any = poutine.trace(program).get_trace().nodes
             start = {**self.placement.current(), **medians}
         latents = {}
         for name, node in nodes.items():
@@ -283,7 +286,7 @@ class PyroLoRA(nn.Module):
         """Medians of the hyper-parameters by simulation: they exist also where a mean does not (half-Cauchy)."""
 
         def sampled(function: Callable[[], Any]) -> dict[str, Tensor]:
-            nodes = poutine.trace(function).get_trace().nodes
+            nodes: Any = poutine.trace(function).get_trace().nodes
             return {n: node["value"] for n, node in nodes.items() if node["type"] == "sample"}
 
         values: dict[str, list[Tensor]] = {}
@@ -323,6 +326,8 @@ def _rms_scale(fn: TorchDistributionMixin) -> float:
 
 def _inject(model: nn.Module, adapter: LoraConfig | str | Path | None) -> PeftModel:
     if isinstance(adapter, LoraConfig):
+        if isinstance(model, PeftModel):
+            raise TypeError("the model is a PeftModel already: leave out the LoraConfig, or give the model below it")
         if adapter.bias != "none":
             raise ValueError(
                 f'LoraConfig(bias={adapter.bias!r}) trains base biases, which have no site: use bias="none"'

@@ -25,6 +25,19 @@ from pyrolora.program import PyroLoRA
 from pyrolora.tasks.base import Task
 
 
+_DEFAULT_ARGUMENTS = (
+    "output_dir",
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "warmup_steps",
+    "logging_steps",
+    "save_strategy",
+    "save_total_limit",
+    "seed",
+)
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the file, the key and what is allowed there."""
 
@@ -145,9 +158,7 @@ class Recipe:
         for name in self.training:
             if name not in known:
                 raise RecipeError(f"{self.path}: training: unknown argument {name!r}{nearest(name, known)}")
-        kept = ("output_dir", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "warmup_steps")
-        kept += ("logging_steps", "save_strategy", "save_total_limit", "seed")
-        chosen = {name: getattr(default, name) for name in kept}
+        chosen = {name: getattr(default, name) for name in _DEFAULT_ARGUMENTS}
         return TrainingArguments(**{**chosen, "report_to": "none", **self.training})
 
 

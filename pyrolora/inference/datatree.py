@@ -54,7 +54,7 @@ def prior_draws(program: PyroLoRA, latents: Sequence[Latent], *, num_draws: int,
     rows = []
     for s in range(num_draws if proper else 0):
         with torch.no_grad(), poutine.block(), isolated(spawn(seed, s)):
-            nodes = poutine.trace(program.sample_latents).get_trace().nodes
+            nodes: Any = poutine.trace(program.sample_latents).get_trace().nodes
         rows.append({name: nodes[name]["value"] for name in proper})
     return {name: as_chain(torch.stack([row[name] for row in rows])) for name in proper}
 

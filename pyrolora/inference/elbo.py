@@ -77,7 +77,8 @@ class TemperedELBO(TraceMeanField_ELBO):
         data: Tensor | float = 0.0
         rows = None
         divergences = {}
-        for name, site in model_trace.nodes.items():
+        nodes: Any = model_trace.nodes
+        for name, site in nodes.items():
             if site["type"] != "sample":
                 continue
             if site["is_observed"]:
@@ -118,7 +119,7 @@ class Objective(nn.Module):
         self._validated = True
         return loss
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         return self.guide.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -86,14 +86,15 @@ def fit(
         trainer = ELBOTrainer(
             objective, args=args, train_dataset=train, eval_dataset=validation, data_collator=program.task.collate
         )
-        checkpoint = last_checkpoint(args.output_dir) if resume else None
+        output = Path(args.output_dir or tempfile.gettempdir())
+        checkpoint = last_checkpoint(output) if resume else None
         mode = program.model.training
         posterior = Posterior(program, guide, temperature=temperature, seed=args.seed)
         try:
             with guide.hooks(program):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except NonFiniteError as error:
-            folder = posterior.save_pretrained(Path(args.output_dir) / "last-good")
+            folder = posterior.save_pretrained(output / "last-good")
             raise NonFiniteError(f"{error} The last good state is in {folder}.") from None
         finally:
             program.model.train(mode)

@@ -199,8 +199,9 @@ class Posterior:
             with poutine.block(), isolated(spawn(seed, s)):
                 guide_trace = poutine.trace(self.guide).get_trace()
                 prior_trace = poutine.trace(poutine.replay(self.program.sample_latents, trace=guide_trace)).get_trace()
-            rows.append({name: guide_trace.nodes[name]["value"] for name in self.program.latents})
-            stats.append({"log_prior": prior_trace.log_prob_sum(), "log_guide": guide_trace.log_prob_sum()})
+            rows.append({name: torch.as_tensor(guide_trace.nodes[name]["value"]) for name in self.program.latents})
+            densities = {"log_prior": prior_trace.log_prob_sum(), "log_guide": guide_trace.log_prob_sum()}
+            stats.append({name: torch.as_tensor(value) for name, value in densities.items()})
         return _stack(rows), _stack(stats)
 
     # -- files -------------------------------------------------------------------------------------------------------
@@ -310,7 +311,7 @@ class Posterior:
 
 
 def _stack(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
 def _check_fits(program: PyroLoRA, meta: Mapping[str, Any], folder: Path) -> None:

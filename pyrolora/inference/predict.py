@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,10 @@ logger = logging.getLogger("pyrolora")
 
 Draws = Mapping[str, Tensor]
 Function = Callable[[Draws, Mapping[str, Tensor]], Tensor]
+
+
+# What torch says of operations that vmap cannot follow; any other error is the user's to see.
+_NOT_VECTORISABLE = re.compile("vmap|functorch|[Bb]atching rule|BatchedTensor")
 
 
 class Runner:
@@ -75,7 +80,7 @@ class Runner:
                     chunk_size=self.chunk_size,
                 )(self.draws)
             except RuntimeError as error:
-                if "vmap" not in str(error):
+                if not _NOT_VECTORISABLE.search(str(error)):
                     raise
                 logger.info("this architecture cannot be vectorised over draws; running them one by one (%s)", error)
                 self.vectorise = False

@@ -35,7 +35,7 @@ class ELBOTrainer(Trainer):
                 f"weight_decay={args.weight_decay} is a Normal prior in disguise. Declare it instead: "
                 "priors.Normal(scale) on the sites that should shrink."
             )
-        self.objective = objective
+        self.objective: Objective = objective
         self._terms: list[Terms] = []
         super().__init__(model=objective, **kwargs)
         self.loss_is_scaled_for_ga = False

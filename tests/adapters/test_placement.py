@@ -216,7 +216,6 @@ def test_a_checkpointed_graph_may_be_differentiated_twice(architecture):
         torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="hooks of an earlier enabling stay on the input embeddings")
 @pytest.mark.parametrize("architecture", ["bert", "llama"], indirect=True)
 @pytest.mark.parametrize("when", ["base", "peft", "hook too"])
 def test_a_model_that_was_checkpointed_before_is_served_too(architecture, when):

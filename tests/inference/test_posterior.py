@@ -110,7 +110,7 @@ def test_log_likelihood_is_of_the_observed_label() -> None:
 
 
 def test_save_and_load_round_trip(tmp_path: Path) -> None:
-    """Law: a posterior loaded onto a fresh base gives the same draws and predictions; files are safetensors and JSON."""
+    """Law: a posterior on a fresh base gives the same draws and predictions; files are safetensors and JSON."""
     posterior = moved(MeanField(random="*", noise="example"))
     posterior.save_pretrained(tmp_path)
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"}
