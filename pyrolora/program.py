@@ -234,7 +234,7 @@ class PyroLoRA(nn.Module):
         # transformers renames "gradient" to "activation" checkpointing in 5.x; older releases know the first only.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable(options)
-        # Hugging Face's and PEFT's input-require-grads hooks break vectorised prediction, and without re-entrance nothing
+        # The input-require-grads hooks of Hugging Face and PEFT break vectorised prediction; without re-entrance nothing
         # needs them. Both libraries may have set one, while their own removal knows only of the last.
         for module in base.modules():
             for key, hook in list(module._forward_hooks.items()):

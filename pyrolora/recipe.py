@@ -24,7 +24,6 @@ from pyrolora.priors.flat import Flat
 from pyrolora.program import PyroLoRA
 from pyrolora.tasks.base import Task
 
-
 _DEFAULT_ARGUMENTS = (
     "output_dir",
     "learning_rate",
