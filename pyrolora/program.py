@@ -234,8 +234,8 @@ class PyroLoRA(nn.Module):
         # transformers renames "gradient" to "activation" checkpointing in 5.x; older releases know the first only.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable(options)
-        # The input-require-grads hooks of Hugging Face and PEFT break vectorised prediction; without re-entrance nothing
-        # needs them. Both libraries may have set one, while their own removal knows only of the last.
+        # The input-require-grads hooks of Hugging Face and PEFT break vectorised prediction; without re-entrance,
+        # nothing needs them. Both libraries may have set one, while their own removal knows only of the last.
         for module in base.modules():
             for key, hook in list(module._forward_hooks.items()):
                 if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
