@@ -18,9 +18,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Independent, constraints
 
 from pyrolora.adapters.checkpoint import load_adapter
 from pyrolora.adapters.placement import Placement
@@ -142,7 +143,8 @@ class PyroLoRA(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where the adapters are: draws are made there."""
+        return self.placement.device
 
     def forward(self, batch: Batch) -> Tensor:
         """Runs the program once.
@@ -157,7 +159,7 @@ class PyroLoRA(nn.Module):
         logits = self.logits(draws, batch)
         size = next(iter(batch.values())).shape[0]
         # Indices are given so that the plate draws no random permutation of the whole data set at every step.
-        with pyro.plate("data", max(self.num_data, size), subsample=torch.arange(size)):
+        with pyro.plate("data", self.num_data, subsample=torch.arange(size)):
             self.likelihood.observe(logits, parameters, batch)
         return logits
 
@@ -200,7 +202,8 @@ class PyroLoRA(nn.Module):
     def prior_predictive(self, batch: Batch, num_draws: int = 100, *, seed: int = 0) -> Tensor:
         """Class probabilities that the priors imply before any fit.
 
-        A prior whose draws say 0.99 about every input, or 0.50 about all, is a strong belief: better seen now.
+        A prior whose draws say 0.99 about every input, or 0.50 about all, is a strong belief: better seen now. Sites
+        with a flat prior, which has no draws, stand at their starting values.
 
         Args:
             batch: A batch of inputs, as `Task.collate` makes them.
@@ -210,18 +213,15 @@ class PyroLoRA(nn.Module):
         Returns:
             ``(num_draws, b, K)`` probabilities.
         """
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.random.fork_rng(), poutine.block():
-                torch.manual_seed(seed)
-                rows = []
-                for _ in range(num_draws):
-                    draws, parameters = self.sample_latents()
-                    rows.append(self.likelihood.probabilities(self.logits(draws, batch), parameters, batch))
-                return torch.stack(rows)
-        finally:
-            self.model.train(training)
+        flat = {name: latent.start for name, latent in self.latents.items() if latent.flat}
+        prior = poutine.condition(self.sample_latents, data=flat)
+        with evaluating(self.model), torch.random.fork_rng(), poutine.block():
+            torch.manual_seed(seed)
+            rows = []
+            for _ in range(num_draws):
+                draws, parameters = prior()
+                rows.append(self.likelihood.probabilities(self.logits(draws, batch), parameters, batch))
+            return torch.stack(rows)
 
     def enable_activation_checkpointing(self) -> None:
         """Turns on non-reentrant activation checkpointing, so that recomputation in backward sees the same draw.
@@ -282,24 +282,33 @@ class PyroLoRA(nn.Module):
             )
         return latents
 
-    def _hyper_medians(self, num_draws: int = 101) -> dict[str, Tensor]:
-        """Medians of the hyper-parameters by simulation: they exist also where a mean does not (half-Cauchy)."""
+    def _hyper_medians(self) -> dict[str, Tensor]:
+        """Prior medians of the hyper-parameters: they exist also where a mean does not (half-Cauchy)."""
 
-        def sampled(function: Callable[[], Any]) -> dict[str, Tensor]:
-            nodes: Any = poutine.trace(function).get_trace().nodes
+        def medians(function: Callable[[], Any]) -> dict[str, Tensor]:
+            with InitMessenger(lambda site: _median(site["fn"])):
+                nodes: Any = poutine.trace(function).get_trace().nodes
             return {n: node["value"] for n, node in nodes.items() if node["type"] == "sample"}
 
-        values: dict[str, list[Tensor]] = {}
-        for _ in range(num_draws):
-            drawn = sampled(self.likelihood.sample_parameters)
-            for name, site in self.sites.items():
-                own = sampled(partial(checked, self.priors[name], site))
-                for hyper in own:
-                    _check_hyper_name(hyper, site)
-                drawn |= own
-            for name, value in drawn.items():
-                values.setdefault(name, []).append(value)
-        return {name: torch.stack(rows).median(0).values for name, rows in values.items()}
+        values = medians(self.likelihood.sample_parameters)
+        for name, site in self.sites.items():
+            own = medians(partial(checked, self.priors[name], site))
+            for hyper in own:
+                _check_hyper_name(hyper, site)
+            values |= own
+        return values
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the duration of the block; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _shown(prior: Prior) -> str:
@@ -315,6 +324,17 @@ def _check_hyper_name(name: str, site: SiteGroup) -> None:
             f'site {site.name!r}: its prior samples {name!r}; name it f"{{site.name}}.{name}", so that guides know '
             "whose hyper-parameter it is"
         )
+
+
+def _median(fn: TorchDistributionMixin, num_draws: int = 1001) -> Tensor:
+    """Elementwise median: exact where the distribution has quantiles, by simulation elsewhere."""
+    base: Any = fn
+    while isinstance(base, Independent):
+        base = base.base_dist
+    try:
+        return base.icdf(torch.tensor(0.5)).expand(fn.shape()).clone()
+    except NotImplementedError:
+        return fn.sample(torch.Size((num_draws,))).median(0).values
 
 
 def _rms_scale(fn: TorchDistributionMixin) -> float:

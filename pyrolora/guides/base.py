@@ -165,6 +165,12 @@ class Guide(nn.Module):
             found = [latent for latent in self.latents.values() if fnmatchcase(latent.name, pattern)]
             if not found:
                 raise ValueError(f"random={pattern!r} matches no site; the sites are {', '.join(self.latents)}")
+            if not any(self.is_random(latent) for latent in found):
+                names = ", ".join(latent.name for latent in found)
+                raise ValueError(
+                    f"random={pattern!r} matches only site(s) that cannot be random: {names}. Declare a proper prior "
+                    "for them in place of priors.Flat (a hyper-parameter is random where its weights are), or use MAP"
+                )
 
 
 def key(latent: Latent) -> str:

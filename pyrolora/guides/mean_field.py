@@ -17,7 +17,7 @@ from torch.distributions import biject_to, constraints
 from pyrolora.adapters.sites import SiteGroup
 from pyrolora.distributions.centred import Centred
 from pyrolora.guides.base import Guide, key, unconstrained
-from pyrolora.program import Latent, PyroLoRA
+from pyrolora.program import Batch, Latent, PyroLoRA
 
 
 class MeanField(Guide):
@@ -34,8 +34,9 @@ class MeanField(Guide):
         scale_learning_rate: Learning rate of ``log σ`` as a multiple of that of ``μ``: Adam moves a logarithm by
             about its rate a step, too slow at rates that suit weights.
         noise: ``"weight"``: one draw for the whole batch. ``"example"``: an independent draw for each sequence,
-            shared by its tokens, added in activation space: the same expected objective, its errors averaged over the
-            batch, at the cost of one adapter-sized noise tensor per sequence. Predictions use coherent draws.
+            shared by its tokens (and, in multiple choice, by its choices), added in activation space: the same
+            expected objective, its errors averaged over the batch, at the cost of one adapter-sized noise tensor per
+            sequence. In evaluation mode, and so in predictions, draws are coherent.
 
     Source: Blundell et al. 2015, eq. 3 (Bayes by backprop); Wang et al. 2024 (BLoB) for random A only.
     """
@@ -56,6 +57,7 @@ class MeanField(Guide):
         self.init_scale = init_scale
         self.scale_learning_rate = scale_learning_rate
         self.noise = noise
+        self._num_examples: int | None = None
         self.loc = nn.ParameterDict()
         self.log_scale = nn.ParameterDict()
 
@@ -64,6 +66,11 @@ class MeanField(Guide):
         super().bind(program)
         if self.noise == "example":
             _check_linear(program, [latent for latent in self.latents.values() if self._in_activations(latent)])
+
+    def forward(self, batch: Batch | None = None) -> dict[str, Tensor]:
+        # The noise of each example is added while the model runs, where only rows can be counted.
+        self._num_examples = None if batch is None else next(iter(batch.values())).shape[0]
+        return super().forward(batch)
 
     def initialise(self, latent: Latent) -> None:
         loc = unconstrained(latent)
@@ -110,15 +117,26 @@ class MeanField(Guide):
             yield
 
     def _hook(self, latent: Latent, layer: int, parameter: str) -> Any:
+        assert latent.group is not None
+        name = latent.group.layers[layer]
+
         def add_noise(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not self.training:
+                return output
             scale = self.log_scale[key(latent)][layer].exp()
             x = inputs[0]
-            noise = scale * torch.randn(x.shape[0], *scale.shape, dtype=scale.dtype, device=scale.device)
-            noise = noise.to(output.dtype)
-            if parameter == "bias":
-                return output + noise.reshape(x.shape[0], *[1] * (output.dim() - 2), -1)
-            flat = x.reshape(x.shape[0], -1, x.shape[-1]).to(noise.dtype)
-            return output + (flat @ noise.mT).reshape(*x.shape[:-1], -1)
+            examples = self._num_examples or x.shape[0]
+            if x.shape[0] % examples:
+                raise ValueError(
+                    f'{name} sees {x.shape[0]} rows for {examples} examples, so noise="example" cannot tell whose row '
+                    'is whose; use noise="weight"'
+                )
+            noise = torch.randn(examples, *scale.shape, dtype=scale.dtype, device=scale.device)
+            noise = (scale * noise).to(output.dtype)
+            # Tokens, and the choices of one example, share its noise: all rows of an example stand together.
+            rows = x.reshape(examples, -1, x.shape[-1]).to(noise.dtype)
+            added = noise.unsqueeze(1).expand(-1, rows.shape[1], -1) if parameter == "bias" else rows @ noise.mT
+            return output + added.reshape(output.shape)
 
         return add_noise
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyrolora.program import PyroLoRA
+from pyrolora.program import PyroLoRA, evaluating
 
 logger = logging.getLogger("pyrolora")
 
@@ -60,7 +59,7 @@ class Runner:
             raise ValueError("prediction needs the program's task for its collation: PyroLoRA(..., task=task)")
         order = _by_length(data)
         plain = data.remove_columns([c for c in ("text",) if c in data.column_names])
-        with self._evaluating():
+        with evaluating(self.program.model):
             for start in tqdm(range(0, len(order), batch_size), desc="predict", delay=3, leave=False):
                 rows = order[start : start + batch_size]
                 batch = self.program.task.collate([plain[i] for i in rows])
@@ -87,15 +86,6 @@ class Runner:
         size = next(iter(self.draws.values())).shape[0]
         each = ({name: value[s] for name, value in self.draws.items()} for s in range(size))
         return torch.stack([function({**self.fixed, **draws}, batch) for draws in each])
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        mode = self.program.model.training
-        self.program.model.eval()
-        try:
-            yield
-        finally:
-            self.program.model.train(mode)
 
 
 def log_probabilities(program: PyroLoRA) -> Function:

@@ -1,0 +1,323 @@
+"""Mean field: its divergences, the size of its first noise, and noise drawn for each example in activation space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from peft import LoraConfig
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import kl_divergence
+from transformers import BertConfig, BertForMultipleChoice, LlamaConfig, LlamaForSequenceClassification
+
+from pyrolora.guides.mean_field import MeanField
+from pyrolora.inference.elbo import TemperedELBO
+from pyrolora.inference.randomness import isolated
+from pyrolora.likelihoods.categorical import Categorical
+from pyrolora.priors.base import Prior
+from pyrolora.priors.hierarchical import Hierarchical
+from pyrolora.priors.matrix_normal import MatrixNormal
+from pyrolora.priors.normal import Normal
+from pyrolora.program import PyroLoRA
+from tests.programs import linear_gaussian, lora, sentence_task, tiny_program
+
+SITE = "lora.query.A"
+
+
+def bound(program: PyroLoRA, guide: MeanField, *, scale: float | None = None) -> MeanField:
+    """The guide away from its start, with standard deviations around ``scale``."""
+    guide.bind(program)
+    with torch.no_grad(), isolated(4):
+        for loc, log_scale in zip(guide.loc.values(), guide.log_scale.values(), strict=True):
+            loc.add_(0.2 * torch.randn_like(loc))
+            if scale is not None:
+                log_scale.copy_(math.log(scale) + 0.5 * torch.randn_like(log_scale))
+    return guide
+
+
+def whole_batch(program: PyroLoRA) -> dict[str, Tensor]:
+    assert program.task is not None
+    return program.task.collate(list(program.task.train))
+
+
+def run(program: PyroLoRA, guide: MeanField, batch: dict[str, Tensor], seed: int = 0) -> Tensor:
+    """Logits of one run of the program under the guide's draw, with the guide's hooks on."""
+    with torch.no_grad(), isolated(seed), guide.hooks(program), poutine.block():
+        return program.logits(guide(batch), batch)
+
+
+@pytest.mark.parametrize("prior", [Normal(0.3), MatrixNormal(0.3, 0.6)])
+def test_kl_is_a_closed_form_and_equals_monte_carlo(prior: Prior) -> None:
+    """Law: the KL of a site is the mean of log q − log p over draws, under Normal and matrix Normal priors."""
+    program = tiny_program({"lora.*": prior, "head.*": Normal(1.0)})
+    guide = bound(program, MeanField(random="*", init_scale=1.0), scale=0.2)
+    latent = program.latents[SITE]
+    q, p = guide.distribution(latent), prior(program.sites[SITE]).expand([latent.shape[0]])
+    with torch.no_grad():
+        draws = q.sample((20_000,))
+        ratio = q.log_prob(draws) - p.log_prob(draws)
+    error = ratio.std(0) / math.sqrt(len(ratio))
+    assert ((kl_divergence(q, p) - ratio.mean(0)).abs() < 4.5 * error).all()
+    objective = TemperedELBO()
+    objective.differentiable_loss(program, guide, whole_batch(program))
+    assert objective.terms is not None
+    assert objective.terms.kl[SITE] == pytest.approx(kl_divergence(q, p).sum().item(), rel=1e-5)
+
+
+def test_kl_is_blundells_formula() -> None:
+    """Law: KL = Σ ½(σ² + μ²)/σ_p² − ½ − log(σ/σ_p), by hand."""
+    program = tiny_program({"*": Normal(0.3)})
+    guide = bound(program, MeanField(random="*", init_scale=0.5), scale=0.2)
+    objective = TemperedELBO()
+    objective.differentiable_loss(program, guide, whole_batch(program))
+    assert objective.terms is not None
+    for name, value in objective.terms.kl.items():
+        mean, scale = guide.loc[name.replace(".", "/")], guide.log_scale[name.replace(".", "/")].exp()
+        by_hand = (0.5 * (scale**2 + mean**2) / 0.3**2 - 0.5 - (scale / 0.3).log()).sum()
+        assert value == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_first_noise_is_a_fraction_of_the_priors() -> None:
+    """Law: σ starts at init_scale times the prior's standard deviation, and at 1 the scale's KL is zero."""
+    priors: dict[str, Prior] = {"*.A": Normal("fan_in"), "*.B": MatrixNormal(0.1), "head.*": Hierarchical(0.7)}
+    program = tiny_program(priors)
+    guide = MeanField(random="*", init_scale=0.25)
+    guide.bind(program)
+    expected = {
+        "lora/query/A": 0.25 / math.sqrt(16),
+        "lora/query/B": 0.25 * 0.1,
+        "head/classifier/weight": 0.25 * 0.7,
+        "head/classifier/weight/scale": 0.25,
+    }
+    for name, value in expected.items():
+        assert torch.allclose(guide.log_scale[name].exp(), torch.tensor(value)), name
+    whole = MeanField(random="*.B", init_scale=1.0)
+    whole.bind(program)
+    objective = TemperedELBO()
+    objective.differentiable_loss(program, whole, whole_batch(program))
+    assert objective.terms is not None
+    # PEFT starts B at zero, which is the prior's mean.
+    assert objective.terms.kl["lora.query.B"].abs() < 1e-3
+
+
+def test_scales_learn_at_their_own_rate() -> None:
+    """Law: log σ has scale_learning_rate times the learning rate; means and point estimates have the rate itself."""
+    guide = MeanField(random="*.A", scale_learning_rate=7.0)
+    guide.bind(tiny_program())
+    rates = {id(p): group["lr"] for group in guide.parameter_groups(1e-3) for p in group["params"]}
+    assert {rates[id(p)] for p in guide.log_scale.values()} == {7.0 * 1e-3}
+    assert {rates[id(p)] for p in [*guide.loc.values(), *guide.points.values()]} == {1e-3}
+    assert len(guide.points) == 4
+
+
+@contextmanager
+def recording(program: PyroLoRA, path: str) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Inputs and outputs of one module, as they are after hooks that stand there already."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    module = program.model.get_submodule(path)
+    handle = module.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    yield seen
+    handle.remove()
+
+
+def test_example_noise_has_the_covariance_of_weight_draws() -> None:
+    """Law: noise at lora_A's output has the covariance of brute force over weight draws, within and between tokens."""
+    program = tiny_program()
+    guide = bound(program, MeanField(random="*.A", noise="example"), scale=0.3).train()
+    examples = 4000
+    one = {name: value[:1, :4] if value.dim() == 2 else value[:1] for name, value in whole_batch(program).items()}
+    batch = {name: value.expand(examples, *value.shape[1:]) for name, value in one.items()}
+    path, _ = program.sites[SITE].holders[0]
+    with torch.no_grad(), isolated(0), guide.hooks(program), recording(program, path) as seen, poutine.block():
+        program.logits(guide(batch), batch)
+    x, outputs = seen[0]
+    noise = (outputs - x @ guide.loc["lora/query/A"][0].T).detach()
+    assert (noise[0] - noise[1]).abs().max() > 0.01
+
+    with torch.no_grad(), isolated(1):
+        weights = guide.eval().family(program.latents[SITE]).sample((examples,))[:, 0]
+        by_draws = x[0] @ (weights - guide.loc["lora/query/A"][0]).mT
+    exact = torch.einsum("kj,tj,uj->tuk", guide.log_scale["lora/query/A"][0].exp() ** 2, x[0], x[0]).detach()
+    spread = exact.diagonal(dim1=0, dim2=1).sqrt().T
+    for sample in (noise, by_draws):
+        covariance = torch.einsum("ntk,nuk->tuk", sample, sample) / examples
+        error = spread.unsqueeze(0) * spread.unsqueeze(1) * math.sqrt(2 / examples)
+        assert ((covariance - exact).abs() < 5 * error).all()
+    # Ranks have noise of their own.
+    assert torch.corrcoef(noise[:, 0].T)[0, 1].abs() < 5 / math.sqrt(examples)
+
+
+def test_tokens_of_one_example_see_one_matrix() -> None:
+    """Law: within an example the noisy map is linear, one matrix for all tokens; between examples it differs."""
+    program = tiny_program()
+    guide = bound(program, MeanField(random="*.A", noise="example"), scale=0.3).train()
+    module = program.model.get_submodule(program.sites[SITE].holders[0][0])
+    # More tokens than inputs, so that a fit without residual is no accident.
+    x = torch.randn(3, 40, 16)
+    batch = {name: value[:3] for name, value in whole_batch(program).items()}
+    with torch.no_grad(), guide.hooks(program), poutine.block():
+        guide(batch)
+        outputs = module(x)
+    matrices = torch.linalg.lstsq(x, outputs).solution
+    assert torch.allclose(x @ matrices, outputs, atol=1e-4)
+    assert (matrices[0] - matrices[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("random", ["*", "head.*", "head.*.bias"])
+def test_example_noise_on_heads_and_biases(random: str) -> None:
+    """Law: a head's weight and bias get noise for each example, which vanishes with σ."""
+    program = tiny_program()
+    guide = bound(program, MeanField(random=random, noise="example"), scale=0.3).train()
+    one = {name: value[:1] for name, value in whole_batch(program).items()}
+    batch = {name: value.expand(3, *value.shape[1:]) for name, value in one.items()}
+    logits = run(program, guide, batch)
+    assert (logits[0] - logits[1]).abs().min() > 1e-4
+    with torch.no_grad():
+        for scale in guide.log_scale.values():
+            scale.fill_(-40.0)
+        assert torch.allclose(run(program, guide, batch), program.logits(guide.mean(), batch), atol=1e-6)
+
+
+def test_bias_noise_has_its_standard_deviation() -> None:
+    """Law: with only the head's bias random, logits have that bias's standard deviations over examples."""
+    program = tiny_program()
+    guide = bound(program, MeanField(random="head.*.bias", noise="example"), scale=0.3).train()
+    one = {name: value[:1] for name, value in whole_batch(program).items()}
+    batch = {name: value.expand(4000, *value.shape[1:]) for name, value in one.items()}
+    spread = run(program, guide, batch).std(0)
+    expected = guide.log_scale["head/classifier/bias"][0].exp()
+    assert torch.allclose(spread, expected, rtol=5 / math.sqrt(2 * 4000))
+
+
+def test_evaluation_draws_are_coherent() -> None:
+    """Law: in evaluation mode hooks add nothing: the whole batch sees the one draw, also while they are on."""
+    program = tiny_program()
+    guide = bound(program, MeanField(random="*", noise="example"), scale=0.3).eval()
+    one = {name: value[:1] for name, value in whole_batch(program).items()}
+    batch = {name: value.expand(3, *value.shape[1:]) for name, value in one.items()}
+    logits = run(program, guide, batch)
+    assert torch.allclose(logits[0], logits[1], atol=1e-6)
+    assert (run(program, guide, batch, seed=1) - logits).abs().max() > 1e-3
+    with torch.no_grad(), isolated(0), poutine.block():
+        assert torch.equal(program.logits(guide(batch), batch), logits)
+
+
+def test_hooks_come_off() -> None:
+    """Law: after the block the base model has no hook of the guide's, also when the block fails."""
+    program = tiny_program()
+    guide = bound(program, MeanField(random="*", noise="example"))
+    with pytest.raises(KeyError), guide.hooks(program):
+        assert any(module._forward_hooks for module in program.model.modules())
+        raise KeyError
+    assert not any(module._forward_hooks for module in program.model.modules())
+
+
+def multiple_choice(choices: int = 3) -> tuple[PyroLoRA, dict[str, Tensor]]:
+    """A tiny BERT over choices, and a batch in which an example's choices are all the same text."""
+    config = BertConfig(
+        vocab_size=24,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=20,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,
+    )
+    with isolated(0):
+        program = PyroLoRA(
+            BertForMultipleChoice(config),
+            LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]),
+            priors={"*": Normal(0.3)},
+            likelihood=Categorical(choices),
+            num_data=4,
+        )
+        ids = torch.randint(5, 24, (4, 1, 6)).repeat(1, choices, 1)
+    return program, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2, 0])}
+
+
+def test_choices_of_one_example_share_its_noise() -> None:
+    """Law: a multiple-choice example is one example: choices with the same text have the same logit."""
+    program, batch = multiple_choice()
+    guide = bound(program, MeanField(random="*", noise="example"), scale=0.3).train()
+    logits = run(program, guide, batch)
+    assert torch.allclose(logits, logits[:, :1].expand_as(logits), atol=1e-5)
+    same = {name: value[:1].expand_as(value).contiguous() for name, value in batch.items()}
+    logits = run(program, guide, same)
+    assert (logits[0] - logits[1]).abs().min() > 1e-4
+
+
+def test_rows_that_belong_to_no_example_are_refused() -> None:
+    """Law: where a module's rows cannot be divided among the examples, the error names it and the remedy."""
+    program, batch = multiple_choice()
+    guide = bound(program, MeanField(random="*", noise="example")).train()
+    module = program.model.get_submodule(program.sites[SITE].layers[0].join(["base_model.model.", ""]))
+    with torch.no_grad(), guide.hooks(program), poutine.block():
+        guide(batch)
+        with pytest.raises(ValueError, match=r'attention\.self\.query sees 7 rows for 4 examples.*noise="weight"'):
+            module(torch.randn(7, 16))
+
+
+def test_what_is_not_linear_is_refused_at_bind() -> None:
+    """Law: embeddings have no such noise: binding says so, names the module and the remedy."""
+    config = LlamaConfig(
+        vocab_size=24,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=20,
+        num_labels=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    program = PyroLoRA(
+        LlamaForSequenceClassification(config),
+        lora(target_modules=["embed_tokens", "q_proj"]),
+        priors={"*": Normal(0.3)},
+        likelihood=Categorical(2),
+        num_data=4,
+    )
+    with pytest.raises(ValueError, match=r'lora_embedding_A is not linear.*embed_tokens.A.*noise="weight"'):
+        MeanField(random="*", noise="example").bind(program)
+    MeanField(random="*q_proj*", noise="example").bind(program)
+
+
+def test_example_noise_has_less_variance() -> None:
+    """Law: noise of each example's own averages out over the batch: gradients of the mean vary less."""
+    truth = linear_gaussian(rank=1, outputs=1)
+    spread = {}
+    for noise in ("weight", "example"):
+        guide = MeanField(random="*.A", init_scale=1.0, noise=noise)
+        guide.bind(truth.program)
+        rows = []
+        with isolated(0), guide.hooks(truth.program):
+            for _ in range(100):
+                loss = TemperedELBO().differentiable_loss(truth.program, guide, truth.batch)
+                rows.append(torch.autograd.grad(loss, guide.loc["lora/linear/A"])[0].flatten())
+        spread[noise] = torch.stack(rows).std(0)
+    assert (spread["example"] < 0.7 * spread["weight"]).all()
+
+
+@pytest.mark.parametrize("arguments", [{"noise": "token"}, {"init_scale": 0.0}, {"scale_learning_rate": -1.0}])
+def test_bad_arguments_are_refused(arguments: dict) -> None:
+    """Law: an argument that makes no sense stops at construction and names the guide."""
+    with pytest.raises(ValueError, match="MeanField: .*"):
+        MeanField(random="*", **arguments)
+
+
+def test_task_batches_fit() -> None:
+    """Law: real padded batches run under noise for each example, with finite objective and gradients."""
+    program = tiny_program()
+    guide = bound(program, MeanField(random="*", noise="example"), scale=0.1)
+    batch = sentence_task().collate(list(sentence_task().train))
+    with guide.hooks(program):
+        TemperedELBO().differentiable_loss(program, guide, batch).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in guide.log_scale.values())
+    assert all((p.grad != 0).any() for p in guide.log_scale.values())
