@@ -37,6 +37,11 @@ class Placement:
         experts = (path for path, module in model.named_modules() if isinstance(module, ParamWrapper))
         self._experts = next(experts, None)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the first site's first layer."""
+        return _value(next(iter(self._slots.values()))[0]).device
+
     def current(self) -> dict[str, Tensor]:
         """The values that stand on the model now, stacked and detached: ``{site: (layers, *event_shape)}``."""
         return {name: torch.stack([_value(slot).detach() for slot in slots]) for name, slots in self._slots.items()}

@@ -6,6 +6,7 @@ import copy
 import tempfile
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
@@ -86,6 +87,7 @@ def fit(
         trainer = ELBOTrainer(
             objective, args=args, train_dataset=train, eval_dataset=validation, data_collator=program.task.collate
         )
+        _check_first_batch(program, train)
         output = Path(args.output_dir or tempfile.gettempdir())
         checkpoint = last_checkpoint(output) if resume else None
         mode = program.model.training
@@ -102,6 +104,20 @@ def fit(
         posterior.history = trainer.state.log_history
         guide.post_fit(program)
     return posterior
+
+
+@torch.no_grad()
+def _check_first_batch(program: PyroLoRA, train: Dataset) -> None:
+    """Lets the likelihood look at the logits of two rows: not finite, or probabilities already, is said at once."""
+    assert program.task is not None
+    batch = program.task.collate([train[i] for i in range(min(2, len(train)))])
+    batch = {name: value.to(program.device) for name, value in batch.items()}
+    mode = program.model.training
+    program.model.eval()
+    try:
+        program.likelihood.check_logits(program.logits({}, batch))
+    finally:
+        program.model.train(mode)
 
 
 def _own(args: TrainingArguments, program: PyroLoRA) -> TrainingArguments:

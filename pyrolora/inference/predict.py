@@ -93,7 +93,7 @@ def log_probabilities(program: PyroLoRA) -> Function:
 
     def function(draws: Draws, batch: Mapping[str, Tensor]) -> Tensor:
         logits = program.logits(draws, batch)
-        return program.likelihood.probabilities(logits, likelihood_parameters(program, draws), batch).log()
+        return program.likelihood.log_probabilities(logits, likelihood_parameters(program, draws), batch)
 
     return function
 

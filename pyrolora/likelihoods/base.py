@@ -67,6 +67,10 @@ class Likelihood(ABC):
             NotImplementedError: for a likelihood that is not over classes.
         """
 
+    def log_probabilities(self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Logarithms of the class probabilities, precise also where a probability underflows; shape (b, K)."""
+        return self.probabilities(logits, parameters, batch).log()
+
     def check_logits(self, logits: Tensor) -> None:
         """Look at the logits of one batch, once, before training.
 
@@ -100,6 +104,10 @@ class ClassLikelihood(Likelihood):
     def probabilities(self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """``softmax(f)``; shape (b, K)."""
         return logits.softmax(-1)
+
+    def log_probabilities(self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """``log softmax(f)``; shape (b, K)."""
+        return logits.log_softmax(-1)
 
     def check_logits(self, logits: Tensor) -> None:
         """Warn where the rows are probabilities already: a second softmax would flatten every prediction.

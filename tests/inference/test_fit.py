@@ -122,12 +122,23 @@ def test_split_of_another_size_is_refused(tmp_path: Path) -> None:
         fit(program, MAP(), program.task.train.select(range(8)), arguments(tmp_path))
 
 
-def test_non_finite_loss_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
-    """Law: NaN in the base model stops at once, naming step and rows; the guide on disk is finite."""
+def test_non_finite_base_model_is_refused_before_training(tmp_path: Path) -> None:
+    """Law: NaN in the base model stops before any step."""
     program = tiny_program()
     program.model.base_model.model.bert.embeddings.word_embeddings.weight.data[:] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"step 1: .*Rows of the batch.*last-good"):
+    with pytest.raises(ValueError, match="before any training"):
         fit(program, MeanField(), args=arguments(tmp_path))
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    """Law: NaN on some row stops at once, naming step and row; the guide on disk is finite."""
+    program = tiny_program()
+    assert program.task is not None
+    first = {token for i in range(2) for token in program.task.train[i]["input_ids"]}
+    token = next(t for row in program.task.train["input_ids"] for t in row if t not in first)
+    program.model.base_model.model.bert.embeddings.word_embeddings.weight.data[token] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"step 1: .*Rows of the batch.*last-good"):
+        fit(program, MeanField(), args=arguments(tmp_path, per_device_train_batch_size=24))
     state = load_file(tmp_path / "last-good" / "posterior.safetensors")
     assert all(torch.isfinite(value).all() for value in state.values())
 

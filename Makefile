@@ -1,0 +1,32 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test clean
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	touch $@
+
+# Fits plain LoRA, MAP and mean field on the embedded task, and writes runs/demo/report.html.
+demo: $(VENV)/.demo
+	$(BIN)/pyrolora compare models/minilm-commonsense.yaml --guides MAP MeanField --seeds 1 --output runs/demo
+	@echo "Open runs/demo/report.html in a browser."
+
+test: $(VENV)/.test
+	$(BIN)/ruff format --check pyrolora tests
+	$(BIN)/ruff check pyrolora tests
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
