@@ -74,7 +74,7 @@ class Guide(nn.Module):
         """Creates parameters for a program's latent sites, from PEFT's present weights; writes nothing on the program.
 
         Raises:
-            ValueError: A `random` pattern that matches no site, or only sites with a flat prior.
+            ValueError: A `random` pattern that matches no site, or (``"*"`` apart) only sites that cannot be random.
         """
         self.latents = dict(program.latents)
         self._check_patterns()
@@ -165,7 +165,8 @@ class Guide(nn.Module):
             found = [latent for latent in self.latents.values() if fnmatchcase(latent.name, pattern)]
             if not found:
                 raise ValueError(f"random={pattern!r} matches no site; the sites are {', '.join(self.latents)}")
-            if not any(self.is_random(latent) for latent in found):
+            # "*" is whatever can be random, were it nothing; a pattern of one's own means sites that one named.
+            if pattern != "*" and not any(self.is_random(latent) for latent in found):
                 names = ", ".join(latent.name for latent in found)
                 raise ValueError(
                     f"random={pattern!r} matches only site(s) that cannot be random: {names}. Declare a proper prior "

@@ -24,7 +24,8 @@ class MeanField(Guide):
     """``q(θ_ij) = N(μ_ij, σ_ij²)`` at every random site; closed-form KL against Normal and matrix Normal priors.
 
     ``KL = Σ ½ (σ² + μ²)/σ_p² − ½ − log(σ/σ_p)`` nats. Hyper-parameters on a constrained scale (a positive prior
-    scale) get a Normal on the unconstrained scale; their KL is a Monte Carlo estimate.
+    scale) get a Normal on the unconstrained scale; under a log-Normal prior their KL is the same formula, under
+    others a Monte Carlo estimate.
 
     Args:
         random: Pattern(s) of the sites that are random; the rest get a point estimate.
@@ -79,8 +80,8 @@ class MeanField(Guide):
 
     def family(self, latent: Latent) -> TorchDistributionMixin:
         loc, scale = self.loc[key(latent)], self.log_scale[key(latent)].exp()
-        if latent.support is not constraints.real and latent.group is None:
-            return _transformed(latent, loc, scale)
+        if latent.group is None:
+            return _constrained(latent, loc, scale)
         if self._in_activations(latent) and self.training:
             return Centred(loc, scale).to_event(latent.event_dim)
         return dist.Normal(loc, scale).to_event(latent.event_dim)
@@ -141,10 +142,15 @@ class MeanField(Guide):
         return add_noise
 
 
-def _transformed(latent: Latent, loc: Tensor, scale: Tensor) -> TorchDistributionMixin:
-    transform = biject_to(latent.support)
-    base = dist.Normal(loc, scale).to_event(loc.dim())
-    return dist.TransformedDistribution(base, [transform])
+def _constrained(latent: Latent, loc: Tensor, scale: Tensor) -> TorchDistributionMixin:
+    """A Normal on the unconstrained scale, carried to the site's support."""
+    support: Any = latent.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if isinstance(support, constraints.greater_than) and support.lower_bound == 0:
+        # By its own name, because the KL between two log-Normals is known and that of a transformed Normal is not.
+        return dist.LogNormal(loc, scale).to_event(latent.event_dim)
+    return dist.TransformedDistribution(dist.Normal(loc, scale), [biject_to(latent.support)])
 
 
 def _check_linear(program: PyroLoRA, latents: Sequence[Latent]) -> None:

@@ -6,20 +6,23 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from peft import LoraConfig
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import biject_to, kl_divergence
 from transformers import BertConfig, BertForMultipleChoice, LlamaConfig, LlamaForSequenceClassification
 
+from pyrolora.adapters.sites import SiteGroup
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.elbo import TemperedELBO
 from pyrolora.inference.randomness import isolated
 from pyrolora.likelihoods.categorical import Categorical
 from pyrolora.priors.base import Prior
-from pyrolora.priors.hierarchical import Hierarchical
+from pyrolora.priors.hierarchical import Hierarchical, Horseshoe
 from pyrolora.priors.matrix_normal import MatrixNormal
 from pyrolora.priors.normal import Normal
 from pyrolora.program import PyroLoRA
@@ -79,6 +82,51 @@ def test_kl_is_blundells_formula() -> None:
         mean, scale = guide.loc[name.replace(".", "/")], guide.log_scale[name.replace(".", "/")].exp()
         by_hand = (0.5 * (scale**2 + mean**2) / 0.3**2 - 0.5 - (scale / 0.3).log()).sum()
         assert value == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def bounded(site: SiteGroup) -> dist.TorchDistribution:
+    """A prior whose hyper-parameters live on the real line and on an interval."""
+    shift = pyro.sample(f"{site.name}.shift", dist.Normal(0.0, 1.0))
+    weight = pyro.sample(f"{site.name}.weight", dist.Beta(2.0, 3.0).expand([site.num_layers]).to_event(1))
+    scale = (weight * shift.exp()).reshape(-1, *[1] * site.event_dim)
+    return dist.Normal(0.0, scale).expand(site.shape).to_event(site.event_dim)
+
+
+@pytest.mark.parametrize("prior", [Hierarchical(0.2), Horseshoe(0.1), bounded])
+def test_hyper_parameters_keep_to_their_support(prior: Prior) -> None:
+    """Law: hyper-parameters are a Normal on the unconstrained scale, with that change's density."""
+    program = tiny_program({"lora.query.B": prior, "*": Normal(0.3)})
+    guide = bound(program, MeanField(random="lora.query.*", init_scale=1.0), scale=0.4)
+    hypers = [latent for latent in program.latents.values() if latent.group is None]
+    assert hypers and all(guide.is_random(latent) for latent in hypers)
+    for latent in hypers:
+        q, to = guide.distribution(latent), biject_to(latent.support)
+        value = q.sample()
+        assert value.shape == latent.shape and latent.support.check(value).all()
+        free = to.inv(value)
+        loc, scale = guide.loc[latent.name.replace(".", "/")], guide.log_scale[latent.name.replace(".", "/")].exp()
+        density = (
+            torch.distributions.Normal(loc, scale).log_prob(free).sum() - to.log_abs_det_jacobian(free, value).sum()
+        )
+        assert q.log_prob(value).item() == pytest.approx(density.item(), rel=1e-4, abs=1e-4)
+        assert torch.allclose(guide.centre(latent), to(loc))
+    objective = TemperedELBO()
+    objective.differentiable_loss(program, guide, whole_batch(program)).backward()
+    assert all(torch.isfinite(p.grad).all() for p in guide.parameters() if p.grad is not None)
+
+
+def test_kl_of_a_log_normal_scale_is_a_closed_form() -> None:
+    """Law: the KL of a prior scale is the Normals' on the log scale, without Monte Carlo noise."""
+    program = tiny_program({"lora.query.B": Hierarchical(0.2, spread=0.8), "*": Normal(0.3)})
+    guide = bound(program, MeanField(random="*", init_scale=1.0), scale=0.4)
+    name = "lora/query/B/scale"
+    q = torch.distributions.Normal(guide.loc[name], guide.log_scale[name].exp())
+    by_hand = kl_divergence(q, torch.distributions.Normal(math.log(0.2), 0.8)).sum()
+    objective = TemperedELBO()
+    for _ in range(2):
+        objective.differentiable_loss(program, guide, whole_batch(program))
+        assert objective.terms is not None
+        assert objective.terms.kl["lora.query.B.scale"] == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 def test_first_noise_is_a_fraction_of_the_priors() -> None:
@@ -308,7 +356,7 @@ def test_example_noise_has_less_variance() -> None:
 @pytest.mark.parametrize("arguments", [{"noise": "token"}, {"init_scale": 0.0}, {"scale_learning_rate": -1.0}])
 def test_bad_arguments_are_refused(arguments: dict) -> None:
     """Law: an argument that makes no sense stops at construction and names the guide."""
-    with pytest.raises(ValueError, match="MeanField: .*"):
+    with pytest.raises(ValueError, match="MeanField: "):
         MeanField(random="*", **arguments)
 
 
