@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_callback import ProgressCallback
 
 from pyrolora.inference.elbo import Objective, Terms
+from pyrolora.inference.randomness import isolated
 
 
 class NonFiniteError(RuntimeError):
@@ -79,6 +80,11 @@ class ELBOTrainer(Trainer):
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Common random numbers for every evaluation, and none of the training's: watching changes nothing."""
+        with isolated(self.args.seed):
+            return super().evaluation_loop(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the terms of the objective to what the Trainer logs."""
         if self._terms and "loss" in logs:
@@ -144,7 +150,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
         try:
             state = json.loads((checkpoint / "trainer_state.json").read_text())
             complete.append((int(state["global_step"]), checkpoint))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
     return max(complete)[1] if complete else None
 
