@@ -17,17 +17,19 @@ from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.elbo import Objective, TemperedELBO, Terms
 from pyrolora.inference.randomness import isolated
 from pyrolora.priors.base import Prior
-from pyrolora.priors.hierarchical import ARD, Hierarchical
+from pyrolora.priors.hierarchical import ARD, Hierarchical, Horseshoe
 from pyrolora.priors.matrix_normal import MatrixNormal
 from pyrolora.priors.normal import Normal
 from pyrolora.program import PyroLoRA
 from tests.programs import PRIORS, linear_gaussian, tiny_program
 
+# Divergences with a closed form, and (the horseshoe's half-Cauchy scales) without one.
 MIXED: dict[str, Prior] = {
     "lora.query.B": ARD(0.1),
+    "lora.value.A": Horseshoe(0.3),
     "*.B": MatrixNormal(0.2, 0.5),
     "*.A": Hierarchical(0.3),
-    "*": Normal(1),
+    "*": Normal(1.0),
 }
 
 
