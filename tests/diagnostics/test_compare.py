@@ -112,11 +112,12 @@ def test_examples_of_interest(field: Posterior) -> None:
 
 
 def test_no_wrong_example_where_all_are_right() -> None:
-    """Law: without errors only doubt makes an example interesting, and none is listed twice."""
+    """Law: without errors only doubt makes an example interesting, and one with both is listed once."""
     builder = PredictionBuilder(3, 2)
     builder.add(torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.8, 0.2]], [[0.9, 0.1], [0.95, 0.05], [0.7, 0.3]]]).log())
-    made = builder.build(torch.arange(3), {"labels": [0, 0, 0], "text": ["a", "b", "c"]})
-    assert [row["text"] for row in interesting(made, count=2)] == ["b", "c"]
+    for labels in ([0, 0, 0], [0, 1, 0]):
+        made = builder.build(torch.arange(3), {"labels": labels, "text": ["a", "b", "c"]})
+        assert [row["text"] for row in interesting(made, count=2)] == ["b", "c"]
 
 
 def test_shows_itself(field: Posterior) -> None:

@@ -84,14 +84,15 @@ def test_the_baseline_has_no_priors(finished: tuple[Path, dict[str, Any]]) -> No
 def test_results_are_those_of_the_saved_posterior(finished: tuple[Path, dict[str, Any]]) -> None:
     """Law: a posterior loaded from its folder gives the numbers of its cell again, with τ from the validation split."""
     output, results = finished
-    folder = output / "MeanField-seed1"
+    folder = output / "MeanField-seed0"
     recipe = Recipe.read(folder / "recipe.yaml")
     task = recipe.build_task()
-    posterior = Posterior.from_pretrained(folder, recipe.load_base(task, seed=1), task=task)
+    posterior = Posterior.from_pretrained(folder, recipe.load_base(task, seed=0), task=task)
+    assert task.validation is not None and task.test is not None
+    scaling = fit_scaling(posterior, task.validation, num_draws=4)
+    assert scaling != pytest.approx(fit_scaling(posterior, task.test, num_draws=4), rel=0.01)
     for split, data in (("test", task.test), ("far", task.ood["far"])):
-        (cell,) = (c for c in results["cells"] if (c["method"], c["seed"], c["split"]) == ("MeanField", 1, split))
-        assert task.validation is not None and data is not None
-        scaling = fit_scaling(posterior, task.validation, num_draws=4)
+        (cell,) = (c for c in results["cells"] if (c["method"], c["seed"], c["split"]) == ("MeanField", 0, split))
         again = evaluate_posterior(posterior, data, scaling=scaling, num_draws=4).to_dict()
         assert cell["scaling"] == pytest.approx(scaling)
         for metric in MAIN:
@@ -133,30 +134,30 @@ def test_finished_fits_are_not_repeated(recipe: Path, tmp_path: Path, fits: list
 
 def test_a_damaged_cell_is_fitted_again(recipe: Path, tmp_path: Path, fits: list[str]) -> None:
     """Law: a cell file that is truncated, foreign or of another experiment counts for nothing."""
-    whole = go(recipe, tmp_path)
-    path = tmp_path / "cells" / "MAP-seed0.json"
+    whole = go(recipe, tmp_path, ["LoRA"])
+    path = tmp_path / "cells" / "LoRA-seed0.json"
     for text in (path.read_text()[:-9], "[]", '{"key": "another", "cells": []}'):
         fits.clear()
         path.write_text(text)
-        again = go(recipe, tmp_path)
-        assert fits == ["MAP"]
+        again = go(recipe, tmp_path, ["LoRA"])
+        assert fits == ["LoRA"]
         assert [cell["metrics"] for cell in again["cells"]] == [cell["metrics"] for cell in whole["cells"]]
 
 
 def test_what_a_cell_depends_on(tmp_path: Path, fits: list[str]) -> None:
     """Law: another prior, data row or number of draws fits anew; another guide's options do not."""
     folder, output = tmp_path / "recipe", tmp_path / "out"
-    go(write_recipe(folder), output)
-    go(write_recipe(folder, guides={"MeanField": {"init_scale": 0.5}}), output)
+    go(write_recipe(folder), output, ["LoRA"])
+    go(write_recipe(folder, guides={"MeanField": {"init_scale": 0.5}}), output, ["LoRA"])
+    assert len(fits) == 1
+    go(write_recipe(folder, priors={**CONTENT["priors"], "*.B": "Flat"}), output, ["LoRA"])
     assert len(fits) == 2
-    go(write_recipe(folder, priors={**CONTENT["priors"], "*.B": "Flat"}), output)
-    assert len(fits) == 4
-    go(write_recipe(folder, priors={**CONTENT["priors"], "*.B": "Flat"}), output, num_draws=3)
-    assert len(fits) == 6
+    go(write_recipe(folder, priors={**CONTENT["priors"], "*.B": "Flat"}), output, ["LoRA"], num_draws=3)
+    assert len(fits) == 3
     with (folder / "test.jsonl").open("a") as file:
         file.write('{"text": "a warm house", "label": 1}\n')
-    go(write_recipe(folder, priors={**CONTENT["priors"], "*.B": "Flat"}), output, num_draws=3)
-    assert len(fits) == 8
+    go(write_recipe(folder, priors={**CONTENT["priors"], "*.B": "Flat"}), output, ["LoRA"], num_draws=3)
+    assert len(fits) == 4
 
 
 def test_an_interruption_keeps_what_is_finished(
