@@ -46,7 +46,7 @@ class MeanField(Guide):
         self,
         *,
         random: str | Sequence[str] = "*.B",
-        init_scale: float = 1.0,
+        init_scale: float = 0.1,
         scale_learning_rate: float = 5.0,
         noise: Literal["weight", "example"] = "weight",
     ):

@@ -15,7 +15,7 @@ from pyrolora.inference.elbo import Objective
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.randomness import isolated
 from pyrolora.inference.trainer import ELBOTrainer, NonFiniteError, last_checkpoint
-from pyrolora.program import PyroLoRA
+from pyrolora.program import PyroLoRA, evaluating
 
 
 def default_arguments(output_dir: str | Path | None = None, *, seed: int = 0) -> TrainingArguments:
@@ -112,12 +112,8 @@ def _check_first_batch(program: PyroLoRA, train: Dataset) -> None:
     assert program.task is not None
     batch = program.task.collate([train[i] for i in range(min(2, len(train)))])
     batch = {name: value.to(program.device) for name, value in batch.items()}
-    mode = program.model.training
-    program.model.eval()
-    try:
+    with evaluating(program.model):
         program.likelihood.check_logits(program.logits({}, batch))
-    finally:
-        program.model.train(mode)
 
 
 def _own(args: TrainingArguments, program: PyroLoRA) -> TrainingArguments:
