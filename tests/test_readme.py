@@ -21,9 +21,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), fl
 @pytest.mark.slow
 def test_the_first_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Law: what a newcomer copies works, from recipe to exported adapter."""
-    small = functools.partial(
-        pyrolora.tasks.PhysicalCommonsense, num_train=16, num_validation=8, num_test=8, num_ood=0
-    )
+    small = functools.partial(pyrolora.tasks.PhysicalCommonsense, num_train=16, num_validation=8, num_test=8, num_ood=0)
     monkeypatch.setattr(pyrolora.tasks, "PhysicalCommonsense", small)
     arguments = fit_module.default_arguments()
     arguments.max_steps = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.randomness import isolated
 from pyrolora.inference.trainer import ELBOTrainer, NonFiniteError, last_checkpoint
 from pyrolora.program import PyroLoRA, evaluating
+
+logger = logging.getLogger("pyrolora")
 
 
 def default_arguments(output_dir: str | Path | None = None, *, seed: int = 0) -> TrainingArguments:
@@ -103,7 +106,21 @@ def fit(
         guide.eval()
         posterior.history = trainer.state.log_history
         guide.post_fit(program)
+    _say_whether_the_bound_is_tight(posterior)
     return posterior
+
+
+def _say_whether_the_bound_is_tight(posterior: Posterior) -> None:
+    """Warns where the KL dwarfs the data term: σ is then far from the optimum, and the ELBO bounds nothing of use."""
+    last = next((row for row in reversed(posterior.history) if "kl" in row), None)
+    if last is not None and last["kl"] > 1 and last["kl"] > 5 * abs(last["data"]):
+        logger.warning(
+            "The KL is %.1f nats per training example against a data term of %.2f: the guide's scales are still far from "
+            "the optimum of the ELBO, which is no useful bound here. Judge this posterior by validation, not by its "
+            "ELBO; to converge, train longer or start wider (MeanField(init_scale=0.3) and a larger learning rate).",
+            last["kl"],
+            last["data"],
+        )
 
 
 @torch.no_grad()

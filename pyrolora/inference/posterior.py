@@ -19,7 +19,7 @@ from pyrolora.adapters.checkpoint import export_adapter, fingerprint
 from pyrolora.guides.base import Guide
 from pyrolora.inference import archive, datatree
 from pyrolora.inference.archive import ArchiveError
-from pyrolora.inference.predict import Runner, log_likelihood, log_probabilities
+from pyrolora.inference.predict import Function, Runner, log_likelihood, log_probabilities
 from pyrolora.inference.prediction import Prediction, PredictionBuilder
 from pyrolora.inference.randomness import isolated, spawn
 from pyrolora.likelihoods.base import ClassLikelihood
@@ -97,6 +97,11 @@ class Posterior:
             vectorise: Whether draws run together under `torch.vmap`.
         """
         self._check_data(data)
+        if not isinstance(self.program.likelihood, ClassLikelihood):
+            kind = type(self.program.likelihood).__name__
+            raise TypeError(
+                f"predict gives class probabilities; for the likelihood {kind} use logits or log_likelihood"
+            )
         runner = self._runner(num_draws, seed, chunk_size, vectorise)
         used = len(next(iter(runner.draws.values()))) if runner.draws else 1
         builder = PredictionBuilder(len(data), used, self._class_names())
@@ -111,10 +116,24 @@ class Posterior:
         self, data: Dataset, num_draws: int = 16, *, seed: int = 0, batch_size: int = 32, chunk_size: int = 8
     ) -> Tensor:
         """``log p(y_n | x_n, θ_s)`` in nats, ``(S, n)``: what LOO, WAIC and perplexity are made from."""
-        self._check_data(data)
         runner = self._runner(num_draws, seed, chunk_size, vectorise=True)
+        return self._collect(runner, log_likelihood(self.program), data, batch_size)
+
+    def logits(
+        self, data: Dataset, num_draws: int = 16, *, seed: int = 0, batch_size: int = 32, chunk_size: int = 8
+    ) -> Tensor:
+        """The likelihood's natural parameters under each draw, ``(S, n, ...)``.
+
+        For regression these are draws of the mean function: their mean over S predicts, their standard deviation is
+        the epistemic uncertainty, and the noise scale is the site ``likelihood.scale``.
+        """
+        runner = self._runner(num_draws, seed, chunk_size, vectorise=True)
+        return self._collect(runner, self.program.logits, data, batch_size)
+
+    def _collect(self, runner: Runner, function: Function, data: Dataset, batch_size: int) -> Tensor:
+        self._check_data(data)
         parts, order = [], []
-        for rows, values in runner.run(log_likelihood(self.program), data, batch_size=batch_size):
+        for rows, values in runner.run(function, data, batch_size=batch_size):
             parts.append(values.cpu())
             order += rows
         return torch.cat(parts, 1)[:, torch.argsort(torch.tensor(order))]

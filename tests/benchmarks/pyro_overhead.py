@@ -33,7 +33,10 @@ ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 def program(layers: int, width: int) -> PyroLoRA:
     config = LlamaConfig(
-        num_hidden_layers=layers, hidden_size=width, intermediate_size=11008 * width // 4096, num_attention_heads=width // 16
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=11008 * width // 4096,
+        num_attention_heads=width // 16,
     )
     with init_empty_weights():
         model = LlamaForCausalLM(config)

@@ -105,9 +105,7 @@ def interleave(rounds: int, steps: int) -> dict[str, Any]:
             medians[method] = statistics.median(timer.steps[2:])
         for method in METHODS:
             ratios[method].append(medians[method] / medians["plain LoRA"])
-    return {
-        method: {"ratio": statistics.median(r), "low": min(r), "high": max(r)} for method, r in ratios.items()
-    }
+    return {method: {"ratio": statistics.median(r), "low": min(r), "high": max(r)} for method, r in ratios.items()}
 
 
 def peak_memory(method: str) -> int:
@@ -132,7 +130,9 @@ def main() -> None:
     results = interleave(options.rounds, options.steps)
     for method, row in results.items():
         row["memory_ratio"] = memory[method] / memory["plain LoRA"]
-        print(f"{method:38s} {row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]  memory {row['memory_ratio']:.3f}")
+        print(
+            f"{method:38s} {row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]  memory {row['memory_ratio']:.3f}"
+        )
     if options.out:
         options.out.write_text(json.dumps(results, indent=2))
 

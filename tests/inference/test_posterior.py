@@ -16,7 +16,8 @@ from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.randomness import isolated
 from pyrolora.priors.base import Prior
 from pyrolora.program import PyroLoRA
-from tests.programs import PRIORS, lora, sentence_task, tiny_bert, tiny_program
+from pyrolora.tasks.sequence_classification import SequenceClassification
+from tests.programs import PRIORS, lora, sentence_task, sentences, tiny_bert, tiny_program, tokenizer
 
 
 def moved(guide: MeanField | MAP, *, seed: int = 0) -> Posterior:
@@ -207,3 +208,25 @@ def test_bad_requests_say_what_to_do() -> None:
         posterior.draw(0)
     with pytest.raises(ValueError, match='"mean" or an index'):
         posterior.export_peft("nowhere", draw="median")
+
+
+def test_logits_serve_regression() -> None:
+    """Law: for regression, logits are draws of the mean function, and the noise scale is a site."""
+    task = SequenceClassification(
+        tokenizer(), train=sentences(24).map(lambda row: {"label": float(row["label"])}), regression=True, max_length=16
+    )
+    with isolated(0):
+        program = PyroLoRA(tiny_bert(labels=1), lora(), priors=PRIORS, task=task)
+    guide = MeanField(random="*")
+    guide.bind(program)
+    posterior = Posterior(program, guide)
+    assert "likelihood.scale" in posterior.draw(1)
+    values = posterior.logits(task.train, 3)
+    assert values.shape == (3, 24)
+    draws = posterior.draw(3)
+    expected = torch.distributions.Normal(values, draws["likelihood.scale"].unsqueeze(-1)).log_prob(
+        torch.tensor(task.train["labels"][:])
+    )
+    assert torch.allclose(posterior.log_likelihood(task.train, 3), expected, atol=1e-4)
+    with pytest.raises(TypeError, match="Normal use logits or log_likelihood"):
+        posterior.predict(task.train)
