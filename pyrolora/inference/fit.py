@@ -115,7 +115,7 @@ def _say_whether_the_bound_is_tight(posterior: Posterior) -> None:
     last = next((row for row in reversed(posterior.history) if "kl" in row), None)
     if last is not None and last["kl"] > 1 and last["kl"] > 5 * abs(last["data"]):
         logger.warning(
-            "The KL is %.1f nats per training example against a data term of %.2f: the guide's scales are still far from "
+            "The KL is %.1f nats per training example against a data term of %.2f: the guide's scales are far from "
             "the optimum of the ELBO, which is no useful bound here. Judge this posterior by validation, not by its "
             "ELBO; to converge, train longer or start wider (MeanField(init_scale=0.3) and a larger learning rate).",
             last["kl"],
