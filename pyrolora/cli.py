@@ -25,7 +25,7 @@ from pyrolora.inference.fit import fit as fit_program
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.trainer import NonFiniteError, last_checkpoint
 from pyrolora.recipe import Recipe, RecipeError, classes
-from pyrolora.report.html import write_report
+from pyrolora.report.html import write_picture, write_report
 from pyrolora.tasks.base import Task
 
 logger = logging.getLogger("pyrolora")
@@ -167,6 +167,7 @@ def compare(
         raise RecipeError(f"--seeds is at least 1, not {seeds}")
     results = run(Recipe.read(recipe), guides, seeds=range(seeds), output=output, num_draws=draws)
     page = write_report(results, output / "report.html")
+    write_picture(results, output / "reliability.png")
     print(table(results))
     print(f"results in {output / 'results.json'}, report in {page}")
 
@@ -240,6 +241,7 @@ def report(folder: Path) -> None:
     except ValueError as error:
         raise RecipeError(f"{path} is damaged: {error}") from error
     print(write_report(results, folder / "report.html"))
+    print(write_picture(results, folder / "reliability.png"))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

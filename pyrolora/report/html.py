@@ -26,7 +26,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from pyrolora.report.plots import Point, draws_svg, overview_svg, reliability_svg
+from pyrolora.report.plots import Point, draws_svg, overview_svg, reliability_png, reliability_svg
 from pyrolora.report.summary import Cell, best, by_method, number, reported_split, sentences, show, spread_of
 
 FORMAT = 1
@@ -65,6 +65,20 @@ def write_report(results: Mapping[str, Any], path: Path) -> Path:
     path = Path(path)
     path.write_text(render(results), encoding="utf-8")
     return path
+
+
+def write_picture(results: Mapping[str, Any], path: Path) -> Path:
+    """Writes the reliability diagrams of all methods side by side, pooled over seeds, as a PNG; returns its path.
+
+    Args:
+        results: as for `write_report`.
+        path: the file to write; its folder must exist.
+    """
+    groups = by_method(results, reported_split(results))
+    curves = {
+        name: _pooled([c["reliability"] for c in cells if c.get("reliability")]) for name, cells in groups.items()
+    }
+    return reliability_png({name: curve for name, curve in curves.items() if curve}, path)
 
 
 def render(results: Mapping[str, Any]) -> str:

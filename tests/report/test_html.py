@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
+from PIL import Image
 
-from pyrolora.report.html import render, write_report
+from pyrolora.report.html import render, write_picture, write_report
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 EVIL = '<script>alert("x")</script><img src="http://evil.example/x.png" onerror="alert(1)">\'" onload="x'
@@ -260,3 +261,12 @@ def test_another_format_is_refused(results):
     """A results file of another format is an error that says what to do."""
     with pytest.raises(ValueError, match="format 2"):
         render(results | {"format": 2})
+
+
+def test_the_picture_shows_every_method(results, tmp_path):
+    """Law: the picture beside the report has a panel for each method, from the same pooled curves."""
+    one = Image.open(write_picture({**results, "cells": results["cells"][:1]}, tmp_path / "one.png"))
+    every = Image.open(write_picture(results, tmp_path / "all.png"))
+    methods = {cell["method"] for cell in results["cells"] if cell["split"] == "test" and cell.get("reliability")}
+    assert len(methods) > 1
+    assert every.width > 1.5 * one.width
