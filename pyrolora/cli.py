@@ -315,8 +315,6 @@ def _listen() -> None:
     logger.setLevel(logging.INFO)
     logging.getLogger("transformers.modeling_utils").addFilter(_first_time)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    for message in (".*pin_memory.*", "There is a performance drop because we have not yet implemented the batching"):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _first_time(record: logging.LogRecord) -> bool:

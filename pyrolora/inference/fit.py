@@ -37,6 +37,7 @@ def default_arguments(output_dir: str | Path | None = None, *, seed: int = 0) ->
         logging_steps=10,
         save_strategy="epoch" if output_dir else "no",
         save_total_limit=2,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         seed=seed,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -73,11 +74,7 @@ class Runner:
             return function(self.fixed, batch).unsqueeze(0)
         if self.vectorise:
             try:
-                return torch.vmap(
-                    lambda draws: function({**self.fixed, **draws}, batch),
-                    randomness="same",
-                    chunk_size=self.chunk_size,
-                )(self.draws)
+                return self._vectorised(function, batch)
             except RuntimeError as error:
                 if not _NOT_VECTORISABLE.search(str(error)):
                     raise
@@ -86,6 +83,15 @@ class Runner:
         size = next(iter(self.draws.values())).shape[0]
         each = ({name: value[s] for name, value in self.draws.items()} for s in range(size))
         return torch.stack([function({**self.fixed, **draws}, batch) for draws in each])
+
+    def _vectorised(self, function: Function, batch: Mapping[str, Tensor]) -> Tensor:
+        one = torch.vmap(
+            lambda draws: function({**self.fixed, **draws}, batch), randomness="same", chunk_size=self.chunk_size
+        )
+        with warnings.catch_warnings():
+            # Attention kernels run once for each draw of a chunk: no faster, and nothing that the user could change.
+            warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
+            return one(self.draws)
 
 
 def log_probabilities(program: PyroLoRA) -> Function:
