@@ -42,7 +42,7 @@ class Recipe:
 
     Attributes:
         base: A folder, a hub name, or ``package:NAME/FOLDER`` for weights inside an installed Python package.
-        adapter: Arguments of `peft.LoraConfig`.
+        adapter: Arguments of `peft.LoraConfig`, or the folder of an adapter that PEFT saved, where guides then start.
         priors: Site pattern to prior: a class name of `pyrolora.priors`, or ``{class_path: NAME, init_args: {...}}``.
         task: A class of `pyrolora.tasks` in the same form. A split is a path, a hub name, or the fields of a
             `DataSource`: ``{path: nyu-mll/glue, config: sst2}``.
@@ -54,7 +54,7 @@ class Recipe:
     """
 
     base: str
-    adapter: dict[str, Any]
+    adapter: dict[str, Any] | str
     priors: dict[str, Any]
     task: str | dict[str, Any]
     training: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +65,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("adapter", "priors", "training", "guides"):
-            if not isinstance(getattr(self, name), Mapping):
+            if not isinstance(getattr(self, name), Mapping) and not (
+                name == "adapter" and isinstance(self.adapter, str)
+            ):
                 raise RecipeError(f"{self.path}: {name} is a mapping, not {getattr(self, name)!r}")
         if not isinstance(self.base, str):
             raise RecipeError(f"{self.path}: base is a name or a folder, not {self.base!r}")
@@ -95,7 +97,9 @@ class Recipe:
         # A key with nothing after it counts as left out.
         recipe = cls(**{name: value for name, value in content.items() if value is not None}, path=path)
         _check_names(recipe.guides, classes("guides"), f"{path}: guides: unknown class")
-        return dataclasses.replace(recipe, base=located(recipe.base, path.parent), task=_task(recipe.task, path.parent))
+        adapter = located(recipe.adapter, path.parent) if isinstance(recipe.adapter, str) else recipe.adapter
+        base, task = located(recipe.base, path.parent), _task(recipe.task, path.parent)
+        return dataclasses.replace(recipe, base=base, task=task, adapter=adapter)
 
     def write(self, path: Path) -> None:
         """Writes the recipe as YAML; paths in it are absolute, so that it may stand anywhere."""
@@ -140,8 +144,10 @@ class Recipe:
             priors[pattern] = _construct(*_described(spec, where), "priors", where=where)
         return priors
 
-    def build_adapter(self) -> LoraConfig:
-        """The `peft.LoraConfig`."""
+    def build_adapter(self) -> LoraConfig | str:
+        """The `peft.LoraConfig`, or the folder of a saved adapter."""
+        if isinstance(self.adapter, str):
+            return self.adapter
         return _call(LoraConfig, self.adapter, where=f"{self.path}: adapter")
 
     def build_guide(self, name: str) -> Guide:

@@ -9,8 +9,10 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from peft import LoraConfig
 
 from pyrolora import recipe as module
+from pyrolora.adapters.checkpoint import export_adapter
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.priors.flat import Flat
 from pyrolora.priors.normal import Normal
@@ -44,7 +46,8 @@ def refused(folder: Path, text: str) -> str:
 def test_every_recipe_of_the_repository_builds(path: Path) -> None:
     """Law: each file under models/ reads, and its adapter, priors, guides and training arguments can be constructed."""
     recipe = Recipe.read(path)
-    assert recipe.build_adapter().target_modules
+    adapter = recipe.build_adapter()
+    assert isinstance(adapter, LoraConfig) and adapter.target_modules
     assert recipe.build_priors().keys() == recipe.priors.keys()
     for name in classes("guides"):
         recipe.build_guide(name)
@@ -332,3 +335,14 @@ def test_only_classes_of_this_package(shared: Path, name: str) -> None:
         changed(shared, task=name).build_task()
     with pytest.raises(RecipeError, match="unknown class"):
         Recipe.read(shared).build_guide(name)
+
+
+def test_a_saved_adapter_is_where_the_program_starts(tmp_path: Path) -> None:
+    """Law: a recipe may name a PEFT folder, beside itself, in place of a LoraConfig; its weights are the start."""
+    first = Recipe.read(write_recipe(tmp_path))
+    program = first.build_program(first.build_task(), seed=1)
+    values = {name: value + 0.1 for name, value in program.placement.current().items()}
+    export_adapter(program.model, program.placement, values=values, folder=tmp_path / "trained")
+    again = Recipe.read(write_recipe(tmp_path, adapter="trained"))
+    start = again.build_program(again.build_task(), seed=2).placement.current()
+    assert all(torch.allclose(start[name], value) for name, value in values.items())
