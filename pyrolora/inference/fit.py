@@ -6,6 +6,7 @@ import copy
 import logging
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -78,37 +79,48 @@ def fit(
         ValueError: No training data, or ``num_data`` that differs from its size.
     """
     train = _training_split(program, train)
-    args = args or default_arguments()
+    args = _own(args or default_arguments(), program)
     if validation is None and program.task is not None and args.eval_strategy != "no":
         validation = program.task.validation
     guide = copy.deepcopy(guide)
-    with isolated(args.seed):
+    # The Trainer turns training mode on; afterwards every module is in the caller's mode again.
+    with isolated(args.seed), evaluating(program.model):
         guide.bind(program)
         guide.to(program.device)
-        objective = Objective(program, guide, temperature, num_particles)
-        args = _own(args, program)
-        assert program.task is not None
-        trainer = ELBOTrainer(
-            objective, args=args, train_dataset=train, eval_dataset=validation, data_collator=program.task.collate
-        )
-        _check_first_batch(program, train)
-        output = Path(args.output_dir or tempfile.gettempdir())
-        checkpoint = last_checkpoint(output) if resume else None
-        mode = program.model.training
         posterior = Posterior(program, guide, temperature=temperature, seed=args.seed)
-        try:
-            with guide.hooks(program):
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except NonFiniteError as error:
-            folder = posterior.save_pretrained(output / "last-good")
-            raise NonFiniteError(f"{error} The last good state is in {folder}.") from None
-        finally:
-            program.model.train(mode)
+        objective = Objective(program, guide, temperature, num_particles)
+        posterior.history = _train(objective, posterior, train=train, validation=validation, args=args, resume=resume)
         guide.eval()
-        posterior.history = trainer.state.log_history
         guide.post_fit(program)
     _say_whether_the_bound_is_tight(posterior)
     return posterior
+
+
+def _train(
+    objective: Objective,
+    posterior: Posterior,
+    *,
+    train: Dataset,
+    validation: Dataset | None,
+    args: TrainingArguments,
+    resume: bool,
+) -> list[dict[str, Any]]:
+    """Runs the Trainer; returns its log. A fit that stops on NaN leaves its last good state on disk."""
+    program = objective.program
+    assert program.task is not None
+    trainer = ELBOTrainer(
+        objective, args=args, train_dataset=train, eval_dataset=validation, data_collator=program.task.collate
+    )
+    _check_first_batch(program, train)
+    output = Path(args.output_dir or tempfile.gettempdir())
+    checkpoint = last_checkpoint(output) if resume else None
+    try:
+        with objective.guide.hooks(program):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except NonFiniteError as error:
+        folder = posterior.save_pretrained(output / "last-good")
+        raise NonFiniteError(f"{error} The last good state is in {folder}.") from None
+    return trainer.state.log_history
 
 
 def _say_whether_the_bound_is_tight(posterior: Posterior) -> None:
@@ -130,8 +142,7 @@ def _check_first_batch(program: PyroLoRA, train: Dataset) -> None:
     assert program.task is not None
     batch = program.task.collate([train[i] for i in range(min(2, len(train)))])
     batch = {name: value.to(program.device) for name, value in batch.items()}
-    with evaluating(program.model):
-        program.likelihood.check_logits(program.logits({}, batch))
+    program.likelihood.check_logits(program.logits({}, batch))
 
 
 def _own(args: TrainingArguments, program: PyroLoRA) -> TrainingArguments:
