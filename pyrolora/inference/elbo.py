@@ -123,7 +123,8 @@ class Objective(nn.Module):
         return self.guide.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        return self.guide.load_state_dict(state_dict, strict=strict, assign=assign)
+        # The Trainer asks for leniency on resuming; a checkpoint of another guide must not pass for this one's.
+        return self.guide.load_state_dict(state_dict, strict=True, assign=assign)
 
 
 def _divergence(q: Mapping[str, Any], p: Mapping[str, Any]) -> Tensor:

@@ -226,3 +226,13 @@ def test_validation_runs_on_the_first_batch_only() -> None:
         del program.likelihood.observe
     assert seen == [True, False, False]
     assert pyro.settings.get("validate_distributions_pyro")
+
+
+def test_a_checkpoint_of_another_guide_is_refused() -> None:
+    """Law: resuming never passes over missing or foreign parameters, though the Trainer asks for leniency."""
+    program = tiny_program()
+    first, second = MAP(), MeanField(random="*")
+    first.bind(program)
+    second.bind(program)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        Objective(program, second).load_state_dict(Objective(program, first).state_dict(), False)
