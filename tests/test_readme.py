@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 import pyrolora.tasks
-from pyrolora.inference import fit as fit_module
 from pyrolora.priors.base import checked
 from tests.programs import tiny_program
 
@@ -23,6 +23,7 @@ def test_the_first_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     """Law: what a newcomer copies works, from recipe to exported adapter."""
     small = functools.partial(pyrolora.tasks.PhysicalCommonsense, num_train=16, num_validation=8, num_test=8, num_ood=0)
     monkeypatch.setattr(pyrolora.tasks, "PhysicalCommonsense", small)
+    fit_module = import_module("pyrolora.inference.fit")
     arguments = fit_module.default_arguments()
     arguments.max_steps = 2
     monkeypatch.setattr(fit_module, "default_arguments", lambda: arguments)
