@@ -84,7 +84,7 @@ class Posterior:
         seed: int = 0,
         batch_size: int = 32,
         chunk_size: int = 8,
-        vectorise: bool = True,
+        vectorise: bool | None = None,
     ) -> Prediction:
         """The posterior predictive over classes: probabilities averaged over draws.
 
@@ -94,7 +94,7 @@ class Posterior:
             seed: Of the draws.
             batch_size: Rows at once.
             chunk_size: Draws at once.
-            vectorise: Whether draws run together under `torch.vmap`.
+            vectorise: Whether draws run together under `torch.vmap`; None does so where it pays.
         """
         self._check_data(data)
         if not isinstance(self.program.likelihood, ClassLikelihood):
@@ -116,7 +116,7 @@ class Posterior:
         self, data: Dataset, num_draws: int = 16, *, seed: int = 0, batch_size: int = 32, chunk_size: int = 8
     ) -> Tensor:
         """``log p(y_n | x_n, θ_s)`` in nats, ``(S, n)``: what LOO, WAIC and perplexity are made from."""
-        runner = self._runner(num_draws, seed, chunk_size, vectorise=True)
+        runner = self._runner(num_draws, seed, chunk_size)
         return self._collect(runner, log_likelihood(self.program), data, batch_size)
 
     def logits(
@@ -127,7 +127,7 @@ class Posterior:
         For regression these are draws of the mean function: their mean over S predicts, their standard deviation is
         the epistemic uncertainty, and the noise scale is the site ``likelihood.scale``.
         """
-        runner = self._runner(num_draws, seed, chunk_size, vectorise=True)
+        runner = self._runner(num_draws, seed, chunk_size)
         return self._collect(runner, self.program.logits, data, batch_size)
 
     def _collect(self, runner: Runner, function: Function, data: Dataset, batch_size: int) -> Tensor:
@@ -138,7 +138,7 @@ class Posterior:
             order += rows
         return torch.cat(parts, 1)[:, torch.argsort(torch.tensor(order))]
 
-    def _runner(self, num_draws: int, seed: int, chunk_size: int, vectorise: bool) -> Runner:
+    def _runner(self, num_draws: int, seed: int, chunk_size: int, vectorise: bool | None = None) -> Runner:
         random = set(self.guide.random_sites()) if num_draws > 0 else set()
         fixed = {name: value for name, value in self.mean().items() if name not in random}
         draws = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,14 +37,20 @@ class Runner:
         draws: Random sites, ``{site: (S, *shape)}``; the same draws serve every input.
         fixed: Sites without randomness, ``{site: shape}``.
         chunk_size: How many draws run at once; bounds memory.
-        vectorise: False runs draw by draw.
+        vectorise: False runs draw by draw. None decides: together on an accelerator, which a single draw of a small
+            batch leaves half idle, and wherever a fifth of the model or more precedes the first random layer; one by
+            one on a CPU otherwise, where batched products of small matrices cost more than they save.
     """
 
-    def __init__(self, program: PyroLoRA, draws: Draws, fixed: Draws, *, chunk_size: int = 8, vectorise: bool = True):
+    def __init__(
+        self, program: PyroLoRA, draws: Draws, fixed: Draws, *, chunk_size: int = 8, vectorise: bool | None = None
+    ):
         self.program = program
         self.draws = dict(draws)
         self.fixed = dict(fixed)
         self.chunk_size = chunk_size
+        if vectorise is None:
+            vectorise = program.device.type != "cpu" or shared_prefix(program, draws) >= 0.2
         self.vectorise = vectorise
 
     @torch.no_grad()
@@ -92,6 +98,22 @@ class Runner:
             # Attention kernels run once for each draw of a chunk: no faster, and nothing that the user could change.
             warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
             return one(self.draws)
+
+
+def shared_prefix(program: PyroLoRA, names: Iterable[str]) -> float:
+    """The part of the model that runs before the first random layer, which vectorised draws share.
+
+    Args:
+        program: The Pyro model.
+        names: The random sites.
+
+    Returns:
+        A number in [0, 1]: the fraction of the base model's linear maps that are registered earlier.
+    """
+    random = {path for name in names if name in program.sites for path, _ in program.sites[name].holders}
+    linear = [path for path, module in program.model.named_modules() if getattr(module, "weight", None) is not None]
+    before = next((i for i, path in enumerate(linear) if path in random), len(linear))
+    return before / max(len(linear), 1)
 
 
 def log_probabilities(program: PyroLoRA) -> Function:

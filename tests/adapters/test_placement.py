@@ -156,7 +156,7 @@ def test_prediction_falls_back_to_a_loop_where_vmap_fails(experts):
     program = program_of(model)
     draws = draw(program.placement, 3)
     batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]])}
-    runner = Runner(program, draws, {})
+    runner = Runner(program, draws, {}, vectorise=True)
     values = runner.evaluate(log_probabilities(program), batch)
     assert not runner.vectorise
     for s in range(3):
@@ -191,7 +191,7 @@ def test_activation_checkpointing_changes_no_gradient(architecture):
 
     model.eval()
     draws = draw(program.placement, 2)
-    runner = Runner(program, draws, {})
+    runner = Runner(program, draws, {}, vectorise=True)
     values = runner.evaluate(log_probabilities(program), batch)
     assert runner.vectorise == ("target_parameters" not in architecture.lora)
     one = Runner(program, draws, {}, vectorise=False).evaluate(log_probabilities(program), batch)
@@ -232,7 +232,7 @@ def test_a_model_that_was_checkpointed_before_is_served_too(architecture, when):
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6)
     model.eval()
-    runner = Runner(program, draw(program.placement, 2), {})
+    runner = Runner(program, draw(program.placement, 2), {}, vectorise=True)
     runner.evaluate(log_probabilities(program), batch)
     assert runner.vectorise
 

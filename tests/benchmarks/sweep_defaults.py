@@ -46,6 +46,7 @@ class Configuration:
     random: str | None = None
     temperature: float = 1.0
     init_scale: float = 0.1
+    scale_learning_rate: float = 5.0
     learning_rate: float = 2e-3
     epochs: int = 12
 
@@ -60,7 +61,15 @@ SWEEP = [
     Configuration(random="*.B", init_scale=0.3, learning_rate=5e-3, epochs=30),
     Configuration(random="head.*", init_scale=1.0),
     Configuration(random="head.*", init_scale=1.0, head="fan_in"),
-    Configuration(a=0.2, random="*.A", temperature=0.3, init_scale=0.01),
+    *(Configuration(a=0.2, b=None, random="*.A", temperature=beta) for beta in (0.3, 0.1, 0.03)),
+    *(Configuration(a=0.2, b=b, random="*.A", temperature=0.3) for b in (0.05, 0.1)),
+    Configuration(a=0.2, b=0.1, random="*.A", temperature=0.3, scale_learning_rate=20.0),
+    *(Configuration(random="*.B", temperature=beta, scale_learning_rate=20.0) for beta in (1.0, 0.3)),
+    Configuration(random="*.B", b=0.2),
+    Configuration(random="*.B", init_scale=0.03),
+    *(Configuration(a=0.2, b=None, random="*.A", temperature=b, scale_learning_rate=20.0) for b in (0.3, 0.1, 0.03)),
+    Configuration(random="*.B", temperature=0.1, scale_learning_rate=20.0),
+    *(Configuration(random="*.B", b=0.2, temperature=b, scale_learning_rate=20.0) for b in (0.3, 0.1)),
 ]
 
 
@@ -84,7 +93,11 @@ def run(task: Task, chosen: Configuration, seed: int) -> dict[str, Any]:
     arguments = default_arguments(seed=seed)
     arguments.learning_rate = chosen.learning_rate
     arguments.num_train_epochs = chosen.epochs
-    guide = MAP() if chosen.random is None else MeanField(random=chosen.random, init_scale=chosen.init_scale)
+    guide = MAP()
+    if chosen.random is not None:
+        guide = MeanField(
+            random=chosen.random, init_scale=chosen.init_scale, scale_learning_rate=chosen.scale_learning_rate
+        )
     start = time.perf_counter()
     posterior = fit(program, guide, args=arguments, temperature=chosen.temperature)
     seconds = time.perf_counter() - start

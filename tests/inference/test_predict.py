@@ -10,7 +10,14 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from pyrolora.inference.predict import Runner, _by_length, likelihood_parameters, log_likelihood, log_probabilities
+from pyrolora.inference.predict import (
+    Runner,
+    _by_length,
+    likelihood_parameters,
+    log_likelihood,
+    log_probabilities,
+    shared_prefix,
+)
 from pyrolora.inference.randomness import isolated
 from pyrolora.likelihoods.categorical import Categorical
 from pyrolora.likelihoods.normal import Normal as NormalLikelihood
@@ -63,7 +70,7 @@ def test_chunks_bound_how_many_run_at_once() -> None:
         sizes.append(torch._C._functorch.get_unwrapped(draws["lora.query.A"]).shape[0])
         return program.logits(draws, batch)
 
-    Runner(program, draws_of(program, 7), {}, chunk_size=3).evaluate(function, whole_batch(program))
+    Runner(program, draws_of(program, 7), {}, chunk_size=3, vectorise=True).evaluate(function, whole_batch(program))
     assert sizes == [3, 3, 1]
 
 
@@ -96,7 +103,7 @@ def test_what_vmap_cannot_follow_runs_one_by_one(architecture: Architecture) -> 
     held = {name: (id(p), p.clone()) for name, p in program.model.named_parameters()}
     draws, batch = draws_of(program, 3), {**architecture.inputs, "labels": torch.tensor([0, 2])}
     expected = one_by_one(program, draws, batch)
-    runner = Runner(program, draws, {})
+    runner = Runner(program, draws, {}, vectorise=True)
     for _ in range(2):
         assert torch.allclose(runner.evaluate(program.logits, batch), expected, atol=1e-5)
     assert all(held[n][0] == id(p) and torch.equal(held[n][1], p) for n, p in program.model.named_parameters())
@@ -120,7 +127,7 @@ def test_data_dependent_python_runs_one_by_one(question: str) -> None:
 
     logits = one_by_one(program, draws, batch)
     expected = torch.stack([value if value.sum() > 0 else 2 * value for value in logits])
-    runner = Runner(program, draws, {})
+    runner = Runner(program, draws, {}, vectorise=True)
     for _ in range(2):
         assert torch.allclose(runner.evaluate(function, batch), expected, atol=1e-5)
     assert attempts == [True] + [False] * 6
@@ -137,7 +144,7 @@ def test_other_errors_are_the_users_to_see() -> None:
         calls.append(1)
         return program.logits(draws, batch) @ torch.zeros(5, 5)
 
-    runner = Runner(program, draws_of(program, 3), {})
+    runner = Runner(program, draws_of(program, 3), {}, vectorise=True)
     with pytest.raises(RuntimeError, match=r"size mismatch|shapes cannot be multiplied|must match"):
         runner.evaluate(function, whole_batch(program))
     assert len(calls) == 1 and runner.vectorise
@@ -180,7 +187,7 @@ def test_what_precedes_the_first_random_layer_is_computed_once() -> None:
     random = {name: value for name, value in draws.items() if name.startswith("lora.query.1")}
     fixed = {name: value[0] for name, value in draws.items() if name not in random}
     batch = whole_batch(program)
-    values = Runner(program, random, fixed).evaluate(program.logits, batch)
+    values = Runner(program, random, fixed, vectorise=True).evaluate(program.logits, batch)
     last = "bert.encoder.layer.2."
     before = {name for name in watch.batched if name < last}
     assert len([name for name in before if "lora_A" in name]) == 2
@@ -197,10 +204,22 @@ def test_a_random_first_layer_shares_nothing_after_it() -> None:
     """Law: the measurement is not blind: with all sites random the adapters of every layer run on batched numbers."""
     program = last_layer_program()
     watch = Watch(program)
-    Runner(program, draws_of(program, 2), {}).evaluate(program.logits, whole_batch(program))
+    Runner(program, draws_of(program, 2), {}, vectorise=True).evaluate(program.logits, whole_batch(program))
     assert all(batched for name, batched in watch.batched.items() if "lora_A" in name)
     assert not watch.batched["bert.encoder.layer.0.attention.self.key"]
     assert watch.batched["bert.encoder.layer.1.attention.self.key"]
+
+
+def test_vectorises_by_itself_only_where_layers_are_shared() -> None:
+    """Law: on a CPU draws run together where a fifth of the model precedes the first random layer, else one by one."""
+    program = last_layer_program()
+    draws = draws_of(program, 2)
+    last = {name: value for name, value in draws.items() if name.startswith("lora.query.1")}
+    head = {name: value for name, value in draws.items() if name.startswith("head")}
+    assert 0 < shared_prefix(program, draws) < 0.2 < shared_prefix(program, last) < shared_prefix(program, head) < 1
+    assert shared_prefix(program, []) == 1
+    assert not Runner(program, draws, {}).vectorise
+    assert Runner(program, last, {}).vectorise and Runner(program, head, {}).vectorise
 
 
 # -- a data set ------------------------------------------------------------------------------------------------------
