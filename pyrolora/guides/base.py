@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 
 import pyro
 import pyro.distributions as dist
+from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import biject_to
@@ -65,6 +67,14 @@ class Guide(nn.Module):
         """What stands on the base model while the guide trains: noise in activation space, for instance."""
         return contextlib.nullcontext()
 
+    def reparametrisations(self) -> dict[str, Reparam]:
+        """Model sites to Pyro reparametrisers: how a guide with auxiliary variables rewrites the model's statements."""
+        return {}
+
+    def describe(self) -> dict[str, dict[str, float]]:
+        """What was learnt, for each random site: numbers that only this kind of guide has."""
+        return {}
+
     def post_fit(self, program: PyroLoRA) -> None:
         """A second stage after the optimiser's last step; most guides have none."""
 
@@ -84,6 +94,14 @@ class Guide(nn.Module):
                 self.initialise(latent)
             elif not self._is_held(latent):
                 self.points[key(latent)] = nn.Parameter(unconstrained(latent))
+
+    def augmented(self, program: PyroLoRA) -> Callable[..., Tensor]:
+        """The program together with this guide's auxiliary sites, for the ELBO; most guides have none.
+
+        ``SVI(guide.augmented(program), guide, ...)`` is how to train such a guide with Pyro's own loop.
+        """
+        strategies = self.reparametrisations()
+        return poutine.reparam(program, config=strategies) if strategies else program
 
     def forward(self, batch: Batch | None = None) -> dict[str, Tensor]:
         """Samples every latent site once.

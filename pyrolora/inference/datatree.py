@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,17 +20,17 @@ from pyrolora.program import Latent, PyroLoRA
 MAX_ELEMENTS = 20_000_000
 
 
-def select(program: PyroLoRA, var_names: str | Sequence[str] | None) -> list[Latent]:
-    """The latent sites whose names match the patterns, all of them for None.
+def select(sites: Mapping[str, Latent], var_names: str | Sequence[str] | None) -> list[Latent]:
+    """The sites whose names match the patterns, all of them for None.
 
     Raises:
         ValueError: A pattern without a match.
     """
     patterns = ["*"] if var_names is None else [var_names] if isinstance(var_names, str) else list(var_names)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in program.latents):
-            raise ValueError(f"var_names: {pattern!r} matches no site; the sites are {', '.join(program.latents)}")
-    return [x for x in program.latents.values() if any(fnmatchcase(x.name, p) for p in patterns)]
+        if not any(fnmatchcase(name, pattern) for name in sites):
+            raise ValueError(f"var_names: {pattern!r} matches no site; the sites are {', '.join(sites)}")
+    return [x for x in sites.values() if any(fnmatchcase(x.name, p) for p in patterns)]
 
 
 def check_size(latents: Iterable[Latent], num_draws: int) -> None:
@@ -48,13 +48,18 @@ def check_size(latents: Iterable[Latent], num_draws: int) -> None:
         )
 
 
-def prior_draws(program: PyroLoRA, latents: Sequence[Latent], *, num_draws: int, seed: int) -> dict[str, np.ndarray]:
-    """Draws of the sites from their priors, ``(1, S, *shape)``; sites with a flat prior have none."""
+def prior_draws(
+    prior: Callable[[], Any], latents: Sequence[Latent], *, num_draws: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Draws of the sites from their priors, ``(1, S, *shape)``; sites with a flat prior have none.
+
+    ``prior`` is the sampling part of the program: it draws every site.
+    """
     proper = [latent.name for latent in latents if not latent.flat]
     rows = []
     for s in range(num_draws if proper else 0):
         with torch.no_grad(), poutine.block(), isolated(spawn(seed, s)):
-            nodes: Any = poutine.trace(program.sample_latents).get_trace().nodes
+            nodes: Any = poutine.trace(prior).get_trace().nodes
         rows.append({name: nodes[name]["value"] for name in proper})
     return {name: as_chain(torch.stack([row[name] for row in rows])) for name in proper}
 
@@ -98,7 +103,7 @@ def _dimensions(latents: Sequence[Latent]) -> tuple[dict[str, list[str]], dict[s
 
 def _own_dims(latent: Latent) -> tuple[str, ...]:
     if latent.group is not None:
-        return latent.group.dims
+        return latent.group.dims if latent.shape == latent.group.shape else ("layer", "row", "column")
     names = ("layer", "rank") if latent.name.startswith("lora.") else ()
     return names[: len(latent.shape)] or tuple(f"{latent.name}.dim_{i}" for i in range(len(latent.shape)))
 

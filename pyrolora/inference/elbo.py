@@ -110,12 +110,13 @@ class Objective(nn.Module):
         self.program = program
         self.guide = guide
         self.elbo = TemperedELBO(temperature, num_particles)
+        self._model = guide.augmented(program)
         self._validated = False
 
     def forward(self, batch: Batch) -> Tensor:
         # Shapes and supports cannot change between steps: Pyro's checks run on the first batch only.
         with torch.enable_grad() if self.training else torch.no_grad(), pyro.validation_enabled(not self._validated):
-            loss = self.elbo.differentiable_loss(self.program, self.guide, batch) / self.program.num_data
+            loss = self.elbo.differentiable_loss(self._model, self.guide, batch) / self.program.num_data
         self._validated = True
         return loss
 

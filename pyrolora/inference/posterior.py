@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from xarray import DataTree
 
@@ -24,7 +26,7 @@ from pyrolora.inference.prediction import Prediction, PredictionBuilder
 from pyrolora.inference.randomness import isolated, spawn
 from pyrolora.likelihoods.base import ClassLikelihood
 from pyrolora.priors.base import Prior
-from pyrolora.program import PyroLoRA
+from pyrolora.program import Latent, PyroLoRA
 from pyrolora.tasks.base import Task
 
 
@@ -53,7 +55,7 @@ class Posterior:
 
     @torch.no_grad()
     def draw(self, num_draws: int = 1, *, seed: int = 0) -> dict[str, Tensor]:
-        """Draws every site of the posterior.
+        """Draws every site of the posterior, auxiliary sites of the guide (inducing matrices) too.
 
         Draw s depends on ``seed`` and s alone, so that more draws extend fewer, and all inputs see the same ones.
 
@@ -67,7 +69,7 @@ class Posterior:
         with poutine.block():
             for s in range(num_draws):
                 with isolated(spawn(seed, s)):
-                    rows.append(self.guide())
+                    rows.append(values_of(poutine.trace(self.guide).get_trace()))
         return _stack(rows)
 
     def mean(self) -> dict[str, Tensor]:
@@ -184,12 +186,13 @@ class Posterior:
         Raises:
             ValueError: More than 20 million numbers in a group.
         """
-        latents = datatree.select(self.program, var_names)
+        latents = datatree.select({**self.program.latents, **self._auxiliary()}, var_names)
         datatree.check_size(latents, num_draws)
-        draws, stats = self._draws_with_density(num_draws, seed)
+        prior = poutine.reparam(self.program.sample_latents, config=self.guide.reparametrisations())
+        draws, stats = self._draws_with_density(prior, num_draws, seed)
         groups = {
             "posterior": {latent.name: datatree.as_chain(draws[latent.name]) for latent in latents},
-            "prior": datatree.prior_draws(self.program, latents, num_draws=num_draws, seed=seed),
+            "prior": datatree.prior_draws(prior, latents, num_draws=num_draws, seed=seed),
             "sample_stats": {name: datatree.as_chain(value) for name, value in stats.items()},
         }
         if data is not None:
@@ -212,13 +215,27 @@ class Posterior:
         return groups
 
     @torch.no_grad()
-    def _draws_with_density(self, num_draws: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _auxiliary(self) -> dict[str, Latent]:
+        """The guide's auxiliary sites, named after the site that they belong to, described as latents are."""
+        with poutine.block(), isolated(self.seed):
+            values = values_of(poutine.trace(self.guide).get_trace())
+        found = {}
+        for name, value in values.items():
+            if name not in self.program.latents:
+                owner = self.program.latents[name.rsplit(".", 1)[0]]
+                found[name] = replace(owner, name=name, shape=value.shape, start=value)
+        return found
+
+    @torch.no_grad()
+    def _draws_with_density(
+        self, prior: Callable[[], Any], num_draws: int, seed: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         rows, stats = [], []
         for s in range(num_draws):
             with poutine.block(), isolated(spawn(seed, s)):
                 guide_trace = poutine.trace(self.guide).get_trace()
-                prior_trace = poutine.trace(poutine.replay(self.program.sample_latents, trace=guide_trace)).get_trace()
-            rows.append({name: torch.as_tensor(guide_trace.nodes[name]["value"]) for name in self.program.latents})
+                prior_trace = poutine.trace(poutine.replay(prior, trace=guide_trace)).get_trace()
+            rows.append(values_of(guide_trace))
             densities = {"log_prior": prior_trace.log_prob_sum(), "log_guide": guide_trace.log_prob_sum()}
             stats.append({name: torch.as_tensor(value) for name, value in densities.items()})
         return _stack(rows), _stack(stats)
@@ -327,6 +344,12 @@ class Posterior:
             f"Posterior({type(self.guide).__name__}, β={self.temperature:g}, seed={self.seed}: "
             f"{len(random)} of {len(self.program.latents)} sites random, {size:,} random numbers)"
         )
+
+
+def values_of(trace: poutine.Trace) -> dict[str, Tensor]:
+    """The value of every sample statement of a guide's trace, auxiliary sites too."""
+    nodes: Any = trace.nodes
+    return {n: x["value"] for n, x in nodes.items() if x["type"] == "sample" and not site_is_subsample(x)}
 
 
 def _stack(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
