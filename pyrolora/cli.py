@@ -100,7 +100,7 @@ def fit(
     arguments = read.arguments(output / "checkpoints", seed=seed)
     program = read.build_program(read.build_task(), seed=seed)
     _prepare(output / "checkpoints", {"guide": guide, "seed": seed, **read.content(), "training": None}, resume)
-    posterior = fit_program(program, chosen, args=arguments, temperature=read.temperature, resume=resume)
+    posterior = fit_program(program, chosen, args=arguments, temperature=read.temperature_of(guide), resume=resume)
     save(posterior, read, output)
     print(posterior)
     if last := [row for row in posterior.history if "elbo" in row][-1:]:

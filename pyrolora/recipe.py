@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import importlib.util
 import inspect
 import re
@@ -48,7 +49,8 @@ class Recipe:
             `DataSource`: ``{path: nyu-mll/glue, config: sst2}``.
         training: Arguments of `transformers.TrainingArguments`.
         guides: Arguments of guides that should differ from their defaults, by class name.
-        temperature: β of the objective.
+        temperature: β of the objective: a number, or guide pattern to number, the first match wins and 1 without one:
+            ``{MeanField: 0.1}``.
         dtype: Type of the base weights; by default the checkpoint's own.
         path: The file, for messages. In the file, paths of base and splits are relative to its folder.
     """
@@ -59,7 +61,7 @@ class Recipe:
     task: str | dict[str, Any]
     training: dict[str, Any] = field(default_factory=dict)
     guides: dict[str, dict[str, Any]] = field(default_factory=dict)
-    temperature: float = 1.0
+    temperature: float | dict[str, float] = 1.0
     dtype: str | None = None
     path: Path = Path("recipe.yaml")
 
@@ -71,8 +73,15 @@ class Recipe:
                 raise RecipeError(f"{self.path}: {name} is a mapping, not {getattr(self, name)!r}")
         if not isinstance(self.base, str):
             raise RecipeError(f"{self.path}: base is a name or a folder, not {self.base!r}")
-        if not isinstance(self.temperature, int | float) or not self.temperature >= 0:
-            raise RecipeError(f"{self.path}: temperature is a number ≥ 0, not {self.temperature!r}")
+        by_guide = self.temperature if isinstance(self.temperature, Mapping) else {"*": self.temperature}
+        for value in by_guide.values():
+            if not isinstance(value, int | float) or not value >= 0:
+                raise RecipeError(f"{self.path}: temperature is a number ≥ 0, not {value!r}")
+        for pattern in by_guide:
+            if not fnmatch.filter(classes("guides"), str(pattern)):
+                raise RecipeError(
+                    f"{self.path}: temperature: unknown guide {pattern!r}{_nearest(pattern, classes('guides'))}"
+                )
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
@@ -153,6 +162,12 @@ class Recipe:
     def build_guide(self, name: str) -> Guide:
         """A guide by class name, with this recipe's arguments for it."""
         return _construct(name, self.guides.get(name) or {}, "guides", where=f"{self.path}: guide")
+
+    def temperature_of(self, guide: str) -> float:
+        """β of a guide's objective."""
+        if not isinstance(self.temperature, Mapping):
+            return self.temperature
+        return next((beta for pattern, beta in self.temperature.items() if fnmatch.fnmatchcase(guide, pattern)), 1.0)
 
     def load_base(self, task: Task, *, seed: int = 0) -> PreTrainedModel:
         """The base model, without adapters; a head that the checkpoint lacks is random, from this seed."""

@@ -197,6 +197,8 @@ def test_what_is_no_recipe(tmp_path: Path) -> None:
         ({"temperature": "hot"}, "temperature is a number ≥ 0, not 'hot'"),
         ({"temperature": -1}, "temperature is a number ≥ 0, not -1"),
         ({"temperature": float("nan")}, "temperature is a number ≥ 0, not nan"),
+        ({"temperature": {"MAP": -1}}, "temperature is a number ≥ 0, not -1"),
+        ({"temperature": {"Meanfield": 1}}, "temperature: unknown guide 'Meanfield'; did you mean 'MeanField'"),
         ({"guides": {"Meanfield": {}}}, "guides: unknown class 'Meanfield'; did you mean 'MeanField'"),
     ],
 )
@@ -263,7 +265,9 @@ def test_guides_take_the_recipes_arguments(shared: Path) -> None:
     recipe = changed(shared, guides={"MeanField": {"init_scale": 0.25}})
     guide = recipe.build_guide("MeanField")
     assert isinstance(guide, MeanField) and guide.init_scale == 0.25
-    with pytest.raises(RecipeError, match=r"unknown class 'Meanfield'; did you mean 'MeanField'\? There are MAP, "):
+    with pytest.raises(
+        RecipeError, match=r"unknown class 'Meanfield'; did you mean 'MeanField'\? There are Inducing, MAP, "
+    ):
         recipe.build_guide("Meanfield")
     with pytest.raises(RecipeError, match="unknown class 'Guide'"):
         recipe.build_guide("Guide")
@@ -346,3 +350,10 @@ def test_a_saved_adapter_is_where_the_program_starts(tmp_path: Path) -> None:
     again = Recipe.read(write_recipe(tmp_path, adapter="trained"))
     start = again.build_program(again.build_task(), seed=2).placement.current()
     assert all(torch.allclose(start[name], value) for name, value in values.items())
+
+
+def test_temperature_by_guide(shared: Path) -> None:
+    """Law: one number serves every guide; a mapping serves by pattern, first match, and 1 where none matches."""
+    assert changed(shared, temperature=0.3).temperature_of("MAP") == 0.3
+    recipe = changed(shared, temperature={"Mean*": 0.1, "M*": 0.5})
+    assert [recipe.temperature_of(name) for name in ("MeanField", "MAP", "Inducing")] == [0.1, 0.5, 1.0]

@@ -135,7 +135,7 @@ def _fit_and_evaluate(
     program = recipe.build_program(task, seed=seed, flat=method == BASELINE)
     guide = _build_guide(recipe, method)
     start = time.perf_counter()
-    posterior = fit(program, guide, args=recipe.arguments(None, seed=seed), temperature=recipe.temperature)
+    posterior = fit(program, guide, args=recipe.arguments(None, seed=seed), temperature=_beta(recipe, method))
     fit_seconds = time.perf_counter() - start
     save(posterior, recipe, folder)
     assert task.validation is not None and task.test is not None
@@ -159,6 +159,10 @@ def _fit_and_evaluate(
 
 def _build_guide(recipe: Recipe, method: str) -> Any:
     return MAP() if method == BASELINE else recipe.build_guide(method)
+
+
+def _beta(recipe: Recipe, method: str) -> float:
+    return 1.0 if method == BASELINE else recipe.temperature_of(method)
 
 
 def _description(method: str) -> str:
@@ -185,7 +189,7 @@ def _splits(task: Task) -> dict[str, Dataset]:
 
 def _key(recipe: Recipe, method: str, *, seed: int, num_draws: int, data: str) -> str:
     """What a finished cell depends on; of the recipe's guides only its own."""
-    content = {**recipe.content(), "guides": recipe.guides.get(method)}
+    content = {**recipe.content(), "guides": recipe.guides.get(method), "temperature": _beta(recipe, method)}
     return _digest([content, data, method, seed, num_draws, version("pyrolora")])
 
 
@@ -219,7 +223,7 @@ def _results(
         "settings": {
             "num_draws": num_draws,
             "seeds": list(seeds),
-            "temperature": recipe.temperature,
+            "temperature": {method: _beta(recipe, method) for method in dict.fromkeys(c["method"] for c in cells)},
             "versions": {name: version(name) for name in ("pyrolora", "torch", "pyro-ppl", "transformers", "peft")},
             "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}{gpu}",
             "recipe": recipe.path.read_text(encoding="utf-8") if recipe.path.is_file() else "",

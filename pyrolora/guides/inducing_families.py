@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -116,7 +117,7 @@ class Flow(Family):
         self.loc = nn.Parameter(start.clone())
         self.log_scale = nn.Parameter(torch.full_like(start, math.log(scale)))
         orders = [torch.arange(size) if i % 2 == 0 else torch.arange(size).flip(0) for i in range(depth)]
-        nets = [AutoRegressiveNN(size, [hidden * size], permutation=order) for order in orders]
+        nets: list[Any] = [AutoRegressiveNN(size, [hidden * size], permutation=order) for order in orders]  # type: ignore[arg-type]
         for net in nets:
             nn.init.zeros_(net.layers[-1].weight)
             nn.init.zeros_(net.layers[-1].bias)

@@ -9,11 +9,12 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
+from torch.distributions import Independent, kl_divergence
 
 from pyrolora.guides.base import Guide
 from pyrolora.program import Batch, PyroLoRA
@@ -27,11 +28,13 @@ class Terms:
         data: ``E_q Σ_n log p(y_n | x_n, θ)``, scaled up from the minibatch.
         kl: Site to ``KL(q ‖ p)``. A point estimate has no finite KL: its entry is ``−log p(θ)``.
         rows: ``log p(y_n | x_n, θ)`` of each example of the minibatch.
+        points: The sites with a point estimate.
     """
 
     data: Tensor
     kl: dict[str, Tensor] = field(default_factory=dict)
     rows: Tensor | None = None
+    points: frozenset[str] = frozenset()
 
 
 class TemperedELBO(TraceMeanField_ELBO):
@@ -76,7 +79,7 @@ class TemperedELBO(TraceMeanField_ELBO):
     ) -> tuple[Tensor, Tensor]:
         data: Tensor | float = 0.0
         rows = None
-        divergences = {}
+        divergences, points = {}, set()
         nodes: Any = model_trace.nodes
         for name, site in nodes.items():
             if site["type"] != "sample":
@@ -86,10 +89,13 @@ class TemperedELBO(TraceMeanField_ELBO):
                 data = data + scale_and_mask(rows, site["scale"], site["mask"]).sum()
             else:
                 divergences[name] = _divergence(guide_trace.nodes[name], site)
+                if _is_point(guide_trace.nodes[name]["fn"]):
+                    points.add(name)
         total = sum(divergences.values(), torch.zeros(()))
         surrogate = self.temperature * total - data
         detached = {name: value.detach() for name, value in divergences.items()}
-        self.terms = Terms(torch.as_tensor(data).detach(), detached, rows.detach() if rows is not None else None)
+        kept = rows.detach() if rows is not None else None
+        self.terms = Terms(torch.as_tensor(data).detach(), detached, kept, frozenset(points))
         return surrogate.detach(), surrogate
 
 
@@ -128,6 +134,12 @@ class Objective(nn.Module):
         return self.guide.load_state_dict(state_dict, strict=True, assign=assign)
 
 
+def _is_point(fn: Any) -> bool:
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
 def _divergence(q: Mapping[str, Any], p: Mapping[str, Any]) -> Tensor:
     try:
         value = kl_divergence(q["fn"], p["fn"])
@@ -145,4 +157,5 @@ def _average(particles: list[Terms | None]) -> Terms:
         data=torch.stack([t.data for t in terms]).mean(),
         kl={name: torch.stack([t.kl[name] for t in terms]).mean() for name in terms[0].kl},
         rows=torch.stack(rows).mean(0) if rows else None,
+        points=terms[0].points,
     )

@@ -125,9 +125,8 @@ def summary(terms: list[Terms], objective: Objective) -> dict[str, float]:
     size = objective.program.num_data
     data = torch.stack([t.data for t in terms]).mean().item() / size
     cost = {name: torch.stack([t.kl[name] for t in terms]).mean().item() / size for name in terms[0].kl}
-    random = set(objective.guide.random_sites())
-    kl = {name: value for name, value in cost.items() if name in random}
-    log_prior = {name: 0.0 - value for name, value in cost.items() if name not in random}
+    kl = {name: value for name, value in cost.items() if name not in terms[0].points}
+    log_prior = {name: 0.0 - value for name, value in cost.items() if name in terms[0].points}
     total = sum(cost.values())
     return {
         "elbo": data - total,

@@ -4,7 +4,7 @@ The dictionary is JSON-able:
 
     format: 1, title, baseline (a method's name)
     task: {name, class_names, splits: {split: number of examples}}
-    settings: {num_draws, seeds, temperature (β of the objective), versions, hardware, recipe, priors}
+    settings: {num_draws, seeds, temperature ({method: β of the objective}), versions, hardware, recipe, priors}
     cells: one per method, seed and split:
         {method, description, seed, split,
          metrics: {accuracy | nll | ece | brier | adaptive_ece | mce | ...: {value, low, high}},

@@ -54,6 +54,7 @@ class Configuration:
     temperature: float = 1.0
     learning_rate: float = 2e-3
     epochs: int = 12
+    adam_epsilon: float = 1e-8
 
 
 def mean_field(random: str, temperature: float, **options: Any) -> Configuration:
@@ -63,7 +64,11 @@ def mean_field(random: str, temperature: float, **options: Any) -> Configuration
 
 
 def inducing(**options: Any) -> Configuration:
-    own = {name: options.pop(name) for name in ("a", "b", "temperature", "learning_rate", "epochs") if name in options}
+    own = {
+        name: options.pop(name)
+        for name in ("a", "b", "temperature", "learning_rate", "epochs", "adam_epsilon")
+        if name in options
+    }
     return Configuration("Inducing", options, **own)
 
 
@@ -84,6 +89,16 @@ SWEEPS = {
         mean_field("*.A", 0.1, a=0.2, scale_learning_rate=5.0),
         mean_field("*.B", 1.0, b=0.1, init_scale=0.3, learning_rate=5e-3, epochs=30),
         mean_field("head.*", 1.0, head="fan_in"),
+    ],
+    "shared": [  # one declared prior for all guides
+        *(Configuration(a=a, b=b) for a in (0.2, 0.5) for b in (0.05, 0.1)),
+        *(mean_field("*.A", 0.03, a=a, b=b) for a in (0.2, 0.5) for b in (0.05, 0.1)),
+        *(inducing(a=a, b=b) for a in (0.2, 0.5) for b in (0.05, 0.1)),
+        inducing(a=0.2),
+        *(Configuration(a=0.2, b=0.1, adam_epsilon=e) for e in (1e-3, 1e-4)),
+        *(mean_field("*.A", beta, a=0.2, adam_epsilon=1e-3) for beta in (1.0, 0.1)),
+        *(mean_field("*.A", beta, a=0.2) for beta in (0.1, 0.05, 0.03)),
+        *(Configuration(a=0.2, temperature=beta) for beta in (1.0, 0.1, 0.05, 0.03)),
     ],
     "inducing": [
         LORA,
@@ -139,6 +154,7 @@ def run(task: Task, chosen: Configuration, seed: int, *, test: bool) -> dict[str
     arguments = default_arguments(seed=seed)
     arguments.learning_rate = chosen.learning_rate
     arguments.num_train_epochs = chosen.epochs
+    arguments.adam_epsilon = chosen.adam_epsilon
     guide = getattr(guides, chosen.guide)(**chosen.options)
     start = time.perf_counter()
     posterior = fit(program, guide, args=arguments, temperature=chosen.temperature)

@@ -97,9 +97,14 @@ def test_summary_by_hand(tmp_path: Path) -> None:
     guide = MeanField(random="lora.query.A")
     guide.bind(program)
     objective = Objective(program, guide, 0.5)
+    divergences = [
+        {"lora.query.A": 12.0, "head.classifier.bias": 24.0},
+        {"lora.query.A": 36.0, "head.classifier.bias": -24.0},
+    ]
+    points = frozenset({"head.classifier.bias"})
     steps = [
-        Terms(torch.tensor(-48.0), {"lora.query.A": torch.tensor(12.0), "head.classifier.bias": torch.tensor(24.0)}),
-        Terms(torch.tensor(-24.0), {"lora.query.A": torch.tensor(36.0), "head.classifier.bias": torch.tensor(-24.0)}),
+        Terms(torch.tensor(data), {name: torch.tensor(value) for name, value in kl.items()}, points=points)
+        for data, kl in zip((-48.0, -24.0), divergences, strict=True)
     ]
     assert summary(steps, objective) == {
         "data": -36 / 24,

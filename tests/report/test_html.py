@@ -88,7 +88,7 @@ def results() -> dict:
         "settings": {
             "num_draws": 16,
             "seeds": [0, 2],
-            "temperature": 0.3,
+            "temperature": {"LoRA": 1.0, "MAP": 0.3},
             "versions": {"torch": "2.13.0"},
             "hardware": "two cores",
             "recipe": "lora:\n  r: 8",
@@ -144,7 +144,7 @@ def test_the_page_contains_the_numbers(results):
         "arc_easy, 77 examples",
         "74,496",
         "0.65 ×",
-        "Posterior temperature β0.3",
+        "Posterior temperature βLoRA 1.0 · MAP 0.3 (1 is the ELBO itself)",
         "Normal(0.05)",
         "lora: r: 8",
         "torch 2.13.0",
