@@ -15,8 +15,8 @@ CONTENT: Mapping[str, Any] = {
     "base": "base",
     "adapter": {"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
     "priors": {
-        "*.A": "Flat",
-        "*.B": {"class_path": "Normal", "init_args": {"scale": 0.1}},
+        "*.A": {"class_path": "Normal", "init_args": {"scale": 0.1}},
+        "*.B": "Flat",
         "head.*": {"class_path": "Normal", "init_args": {"scale": 1.0}},
     },
     "task": {

@@ -73,8 +73,8 @@ def test_a_recipe_is_a_program(shared: Path) -> None:
     assert list(task.ood) == ["far", "unknown"] and task.max_length == 16
     assert program.model.peft_config["default"].r == 2
     priors = {name.rsplit(".", 1)[-1]: prior for name, prior in program.priors.items()}
-    assert isinstance(priors["A"], Flat)
-    assert isinstance(priors["B"], Normal) and priors["B"].scale == 0.1
+    assert isinstance(priors["B"], Flat)
+    assert isinstance(priors["A"], Normal) and priors["A"].scale == 0.1
     assert isinstance(priors["bias"], Normal) and priors["bias"].scale == 1.0
 
 

@@ -23,7 +23,7 @@ from pyrolora.program import PyroLoRA
 from tests.programs import PRIORS, linear_gaussian, sentence_task, tiny_program
 
 CONCRETE = [name for name in guides.__all__ if name != "Guide"]
-MIXED = {"lora.query.B": ARD(0.1), "*.B": Hierarchical(0.2), "*.A": Flat(), "head.*": Normal(1.0)}
+MIXED = {"lora.query.A": ARD(0.1), "*.A": Hierarchical(0.2), "*.B": Flat(), "head.*": Normal(1.0)}
 
 
 # Guides whose arguments choose between different constructions are walked in each.

@@ -150,13 +150,13 @@ def test_what_a_cell_depends_on(tmp_path: Path, fits: list[str]) -> None:
     go(write_recipe(folder), output, ["LoRA"])
     go(write_recipe(folder, guides={"MeanField": {"init_scale": 0.5}}), output, ["LoRA"])
     assert len(fits) == 1
-    go(write_recipe(folder, priors={**CONTENT["priors"], "*.B": "Flat"}), output, ["LoRA"])
+    go(write_recipe(folder, priors={**CONTENT["priors"], "*.A": "Flat"}), output, ["LoRA"])
     assert len(fits) == 2
-    go(write_recipe(folder, priors={**CONTENT["priors"], "*.B": "Flat"}), output, ["LoRA"], num_draws=3)
+    go(write_recipe(folder, priors={**CONTENT["priors"], "*.A": "Flat"}), output, ["LoRA"], num_draws=3)
     assert len(fits) == 3
     with (folder / "test.jsonl").open("a") as file:
         file.write('{"text": "a warm house", "label": 1}\n')
-    go(write_recipe(folder, priors={**CONTENT["priors"], "*.B": "Flat"}), output, ["LoRA"], num_draws=3)
+    go(write_recipe(folder, priors={**CONTENT["priors"], "*.A": "Flat"}), output, ["LoRA"], num_draws=3)
     assert len(fits) == 4
 
 

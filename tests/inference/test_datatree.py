@@ -21,7 +21,7 @@ PRIORS = {"*.A": Flat(), "*.B": ARD(0.1), "head.*": Normal(1.0)}
 
 def posterior(guide: MeanField | MAP | None = None) -> Posterior:
     program = tiny_program(PRIORS)
-    guide = guide or MeanField()
+    guide = guide or MeanField(random="*.B")
     guide.bind(program)
     return Posterior(program, guide)
 

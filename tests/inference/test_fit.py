@@ -88,7 +88,7 @@ def test_logs_the_terms_in_nats_per_example(tmp_path: Path) -> None:
         assert row["loss"] == pytest.approx(-row["objective"], rel=1e-4)
         assert row["kl"] == pytest.approx(sum(v for k, v in row.items() if k.startswith("kl/")), rel=1e-6)
         assert 0.0 < -row["data"] < 10.0
-    assert {k for k in rows[0] if k.startswith("kl/")} == {"kl/lora.query.B", "kl/lora.value.B"}
+    assert {k for k in rows[0] if k.startswith("kl/")} == {"kl/lora.query.A", "kl/lora.value.A"}
     assert posterior.temperature == 0.25
 
 
@@ -151,7 +151,7 @@ def test_non_finite_gradient_stops_before_the_update(tmp_path: Path) -> None:
             super().initialise(latent)
             self.loc[latent.name.replace(".", "/")].register_hook(lambda grad: grad * torch.nan)
 
-    with pytest.raises(NonFiniteError, match=r"gradient of loc\.lora/query/B, loc\.lora/value/B is not finite"):
+    with pytest.raises(NonFiniteError, match=r"gradient of loc\.lora/query/A, loc\.lora/value/A is not finite"):
         fit(tiny_program(), Poisoned(), args=arguments(tmp_path))
     state = load_file(tmp_path / "last-good" / "posterior.safetensors")
     assert all(torch.isfinite(value).all() for value in state.values())
