@@ -105,6 +105,8 @@ def fit(
     print(posterior)
     if last := [row for row in posterior.history if "elbo" in row][-1:]:
         print("elbo {elbo:.4f} = data {data:.4f} − kl {kl:.4f} + log prior {log_prior:.4f} nats".format(**last[0]))
+    for name, row in posterior.describe().items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in row.items()))
     print(f"saved in {output}; next: pyrolora evaluate {output}")
 
 

