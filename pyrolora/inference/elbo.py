@@ -118,6 +118,7 @@ class Objective(nn.Module):
         self.elbo = TemperedELBO(temperature, num_particles)
         self._model = guide.augmented(program)
         self._validated = False
+        self._mode: bool | None = None
 
     def forward(self, batch: Batch) -> Tensor:
         # Shapes and supports cannot change between steps: Pyro's checks run on the first batch only.
@@ -125,6 +126,16 @@ class Objective(nn.Module):
             loss = self.elbo.differentiable_loss(self._model, self.guide, batch) / self.program.num_data
         self._validated = True
         return loss
+
+    def train(self, mode: bool = True) -> Objective:
+        # The Trainer asks at every step, and a walk over the base model's hundreds of modules costs as much as Pyro.
+        if mode != self._mode or mode != self.program.model.training:
+            super().train(mode)
+            self._mode = mode
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.guide.zero_grad(set_to_none)  # nothing else has a gradient
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         return self.guide.state_dict(*args, **kwargs)

@@ -8,7 +8,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyrolora.guides.base import Guide
@@ -236,3 +236,35 @@ def test_a_checkpoint_of_another_guide_is_refused() -> None:
     second.bind(program)
     with pytest.raises(RuntimeError, match="Missing key"):
         Objective(program, second).load_state_dict(Objective(program, first).state_dict(), False)
+
+
+def test_modes_reach_the_base_model_and_are_set_once() -> None:
+    """Law: train and eval reach every module whatever mode it was in; asking again for the same mode walks nothing."""
+    program = tiny_program(dropout=0.1)
+    guide = MAP()
+    guide.bind(program)
+    program.model.eval()
+    objective = Objective(program, guide)
+    walks = []
+    program.model.register_module("watch", watch := nn.Identity())
+    watch.train = lambda mode=True: walks.append(mode)  # type: ignore[method-assign,assignment,return-value]
+    for mode in (True, True, False, False, True, True):
+        objective.train(mode)
+        assert all(m.training == mode for m in program.model.modules() if m is not watch)
+        assert objective.guide.training == mode
+    assert walks == [True, False, True]
+    program.model.eval()
+    assert objective.train().program.model.training
+
+
+def test_zeroing_reaches_the_guide() -> None:
+    """Law: after zero_grad no parameter of the guide has a gradient."""
+    program = tiny_program()
+    guide = MAP()
+    guide.bind(program)
+    objective = Objective(program, guide)
+    assert program.task is not None
+    objective(program.task.collate(list(program.task.train))).backward()
+    assert all(p.grad is not None for p in guide.parameters())
+    objective.zero_grad()
+    assert all(p.grad is None for p in guide.parameters())
