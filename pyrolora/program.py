@@ -34,6 +34,9 @@ from pyrolora.tasks.base import Task
 
 Batch = Mapping[str, Tensor]
 
+# Under this name a draw may hold the natural parameters themselves, which then stand for the model's output.
+NATURAL = "natural parameters"
+
 
 @dataclass(frozen=True)
 class Latent:
@@ -183,6 +186,8 @@ class PyroLoRA(nn.Module):
             draws: ``{site: value}``; absent sites keep the model's own weights.
             batch: Tensors as `Task.collate` makes them.
         """
+        if NATURAL in draws:
+            return draws[NATURAL]
         adapters = {name: value for name, value in draws.items() if name in self.sites}
         with self.placed(adapters):
             output = self.model(**self.likelihood.forward_inputs(batch))

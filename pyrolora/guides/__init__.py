@@ -2,7 +2,8 @@
 
 from pyrolora.guides.base import Guide
 from pyrolora.guides.inducing import Inducing
+from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 
-__all__ = ["MAP", "Guide", "Inducing", "MeanField"]
+__all__ = ["MAP", "Guide", "Inducing", "Laplace", "MeanField"]

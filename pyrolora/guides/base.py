@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 
 import pyro
 import pyro.distributions as dist
+from datasets import Dataset
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.reparam.reparam import Reparam
@@ -35,7 +36,12 @@ class Guide(nn.Module):
 
     Args:
         random: Shell-style pattern(s) of the site names that are random, ``"*.A"`` for instance.
+
+    Attributes:
+        optimise: Whether `fit` runs the optimiser; guides that start from a finished adapter set it to False.
     """
+
+    optimise: bool = True
 
     def __init__(self, *, random: str | Sequence[str] = "*"):
         super().__init__()
@@ -75,8 +81,18 @@ class Guide(nn.Module):
         """What was learnt, for each random site: numbers that only this kind of guide has."""
         return {}
 
-    def post_fit(self, program: PyroLoRA) -> None:
-        """A second stage after the optimiser's last step; most guides have none."""
+    def post_fit(self, program: PyroLoRA, data: Dataset) -> None:
+        """A second stage on the training data after the optimiser's last step; most guides have none."""
+
+    def natural_parameters(
+        self, program: PyroLoRA, num_draws: int, *, seed: int = 0
+    ) -> Callable[[Batch], Tensor] | None:
+        """Draws of the natural parameters, of guides that predict by other means than draws of the weights.
+
+        Returns:
+            A function from a batch to ``(S, b, K)``; None where draws of the weights serve.
+        """
+        return None
 
     # -- what every guide does ---------------------------------------------------------------------------------------
 

@@ -90,13 +90,16 @@ def fit(
         guide.to(program.device)
         posterior = Posterior(program, guide, temperature=temperature, seed=args.seed)
         objective = Objective(program, guide, temperature, num_particles)
-        posterior.history = _train(objective, posterior, train=train, validation=validation, args=args, resume=resume)
+        if guide.optimise:
+            posterior.history = _train(
+                objective, posterior, train=train, validation=validation, args=args, resume=resume
+            )
+        else:
+            _check_first_batch(program, train)
         guide.eval()
-        guide.post_fit(program)
+        guide.post_fit(program, train)
     _say_whether_the_bound_is_tight(posterior)
-    ratios = {kind: row["noise_to_mean"] for kind, row in posterior.describe().items() if "noise_to_mean" in row}
-    if said := verdict(ratios):
-        logger.warning("%s", said[0].upper() + said[1:])
+    _say_whether_the_noise_is_of_use(posterior)
     return posterior
 
 
@@ -138,6 +141,14 @@ def _say_whether_the_bound_is_tight(posterior: Posterior) -> None:
             last["kl"],
             last["data"],
         )
+
+
+def _say_whether_the_noise_is_of_use(posterior: Posterior) -> None:
+    if posterior.guide.natural_parameters(posterior.program, 1) is not None:
+        return  # predictions do not come from draws of the weights
+    rows = posterior.describe().items()
+    if said := verdict({kind: row["noise_to_mean"] for kind, row in rows if "noise_to_mean" in row}):
+        logger.warning("%s", said[0].upper() + said[1:])
 
 
 @torch.no_grad()

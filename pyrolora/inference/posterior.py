@@ -123,13 +123,14 @@ class Posterior:
                 f"predict gives class probabilities; for the likelihood {kind} use logits or log_likelihood"
             )
         runner = self._runner(num_draws, seed, chunk_size, vectorise)
-        used = len(next(iter(runner.draws.values()))) if runner.draws else 1
-        builder = PredictionBuilder(len(data), used, self._class_names())
+        builder = None
         order: list[int] = []
         for rows, values in runner.run(log_probabilities(self.program), data, batch_size=batch_size):
+            builder = builder or PredictionBuilder(len(data), len(values), self._class_names())
             builder.add(values)
             order += rows
         columns = {name: data[name][:] for name in ("labels", "text") if name in data.column_names}
+        assert builder is not None
         return builder.build(torch.tensor(order), columns)
 
     def log_likelihood(
@@ -159,6 +160,9 @@ class Posterior:
         return torch.cat(parts, 1)[:, torch.argsort(torch.tensor(order))]
 
     def _runner(self, num_draws: int, seed: int, chunk_size: int, vectorise: bool | None = None) -> Runner:
+        natural = self.guide.natural_parameters(self.program, num_draws, seed=seed) if num_draws > 0 else None
+        if natural is not None:
+            return Runner(self.program, {}, self.mean(), natural=natural)
         random = set(self.guide.random_sites()) if num_draws > 0 else set()
         fixed = {name: value for name, value in self.mean().items() if name not in random}
         draws = (

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyrolora.program import PyroLoRA, evaluating
+from pyrolora.program import NATURAL, Batch, PyroLoRA, evaluating
 
 logger = logging.getLogger("pyrolora")
 
@@ -40,15 +40,24 @@ class Runner:
         vectorise: False runs draw by draw. None decides: together on an accelerator, which a single draw of a small
             batch leaves half idle, and wherever a fifth of the model or more precedes the first random layer; one by
             one on a CPU otherwise, where batched products of small matrices cost more than they save.
+        natural: In place of draws of the weights: a batch's draws of the natural parameters, ``(S, b, K)``.
     """
 
     def __init__(
-        self, program: PyroLoRA, draws: Draws, fixed: Draws, *, chunk_size: int = 8, vectorise: bool | None = None
+        self,
+        program: PyroLoRA,
+        draws: Draws,
+        fixed: Draws,
+        *,
+        chunk_size: int = 8,
+        vectorise: bool | None = None,
+        natural: Callable[[Batch], Tensor] | None = None,
     ):
         self.program = program
         self.draws = dict(draws)
         self.fixed = dict(fixed)
         self.chunk_size = chunk_size
+        self.natural = natural
         if vectorise is None:
             vectorise = program.device.type != "cpu" or shared_prefix(program, draws) >= 0.2
         self.vectorise = vectorise
@@ -76,6 +85,8 @@ class Runner:
     @torch.no_grad()
     def evaluate(self, function: Function, batch: Mapping[str, Tensor]) -> Tensor:
         """The function under every draw for one batch: ``(S, b, ...)``."""
+        if self.natural is not None:
+            return torch.stack([function({**self.fixed, NATURAL: f}, batch) for f in self.natural(batch)])
         if not self.draws:
             return function(self.fixed, batch).unsqueeze(0)
         if self.vectorise:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import pyro
@@ -71,6 +71,29 @@ class Likelihood(ABC):
         """Logarithms of the class probabilities, precise also where a probability underflows; shape (b, K)."""
         return self.probabilities(logits, parameters, batch).log()
 
+    def fisher_factors(
+        self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch, *, exact_up_to: int = 32
+    ) -> Iterator[Tensor]:
+        """Vectors v with ``E Σ v vᵀ = E_y[∇_f log p(y|f) ∇_f log p(y|f)ᵀ]``, the Fisher information of ``f``.
+
+        Here one score at one ``y`` drawn from the model itself: exact in expectation for every likelihood.
+
+        Args:
+            logits: Natural parameters, detached.
+            parameters: The likelihood's own.
+            batch: The inputs.
+            exact_up_to: The largest number of vectors for which an exact sum is worth its cost.
+
+        Yields:
+            Tensors of the shape of ``logits``.
+        """
+        with torch.enable_grad():
+            f = logits.detach().requires_grad_()
+            law = self.distribution(f, parameters, batch)
+            drawn = law.sample().detach()
+            (score,) = torch.autograd.grad(law.log_prob(drawn).sum(), f)
+        yield score
+
     def check_logits(self, logits: Tensor) -> None:
         """Look at the logits of one batch, once, before training.
 
@@ -108,6 +131,18 @@ class ClassLikelihood(Likelihood):
     def log_probabilities(self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """``log softmax(f)``; shape (b, K)."""
         return logits.log_softmax(-1)
+
+    def fisher_factors(
+        self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch, *, exact_up_to: int = 32
+    ) -> Iterator[Tensor]:
+        """``√p_c (e_c − p)`` for each class c: their outer products sum to ``diag p − p pᵀ``; or one draw."""
+        if logits.shape[-1] > exact_up_to:
+            yield from super().fisher_factors(logits, parameters, batch, exact_up_to=exact_up_to)
+            return
+        p = logits.detach().softmax(-1)
+        eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+        for c in range(p.shape[-1]):
+            yield p[:, c : c + 1].sqrt() * (eye[c] - p)
 
     def check_logits(self, logits: Tensor) -> None:
         """Warn where the rows are probabilities already: a second softmax would flatten every prediction.

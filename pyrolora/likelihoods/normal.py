@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import pyro
@@ -63,6 +63,19 @@ class Normal(Likelihood):
             )
         noise = dist.Normal(logits, scale.to(logits), validate_args=False)
         return noise.to_event(logits.dim() - 1)
+
+    def fisher_factors(
+        self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch, *, exact_up_to: int = 32
+    ) -> Iterator[Tensor]:
+        """``e_d / scale`` for each output d: the Fisher information is ``I / scale²``."""
+        outputs = 1 if logits.dim() == 1 else logits.shape[-1]
+        if outputs > exact_up_to:
+            yield from super().fisher_factors(logits, parameters, batch, exact_up_to=exact_up_to)
+            return
+        scale = parameters[self.scale_site] if self.scale is None else torch.tensor(float(self.scale))
+        unit = torch.eye(outputs, dtype=logits.dtype, device=logits.device) / scale.to(logits)
+        for d in range(outputs):
+            yield unit[d].expand(logits.shape) if logits.dim() > 1 else unit[d].expand(len(logits))
 
     def probabilities(self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> NoReturn:
         """Not defined: the support is the real line."""

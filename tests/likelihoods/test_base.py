@@ -75,3 +75,39 @@ def test_outputs_that_are_not_finite_stop(likelihood, value):
     """Law: NaN or infinite outputs of the first batch are an error for every likelihood."""
     with pytest.raises(ValueError, match="NaN or infinite"):
         likelihood.check_logits(torch.tensor([[0.0, value]]))
+
+
+def fisher(likelihood, logits, batch, **options):
+    parts = likelihood.fisher_factors(logits, {}, batch, **options)
+    return sum(torch.einsum("ni,nj->nij", v.flatten(1), v.flatten(1)) for v in parts)
+
+
+def test_fisher_factors_of_classes_are_exact():
+    """Law: their outer products sum to diag p − p pᵀ, minus the Hessian of the log-likelihood."""
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    batch = {"labels": torch.tensor([0, 1, 3])}
+    hessian = torch.stack(
+        [
+            torch.autograd.functional.hessian(lambda f, y=y: f.log_softmax(0)[y], f)
+            for f, y in zip(logits, batch["labels"], strict=True)
+        ]
+    )
+    torch.testing.assert_close(fisher(Categorical(4), logits, batch), -hessian)
+
+
+def test_fisher_factors_by_monte_carlo_are_unbiased():
+    """Law: above the limit one score at a drawn label, whose outer product has the exact Fisher information as mean."""
+    logits = torch.tensor([[0.5, -0.5, 1.0]]).expand(30_000, 3)
+    batch = {"labels": torch.zeros(30_000, dtype=torch.long)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = fisher(Categorical(3), logits, batch, exact_up_to=2).mean(0)
+    torch.testing.assert_close(drawn, fisher(Categorical(3), logits[:1], batch)[0], atol=0.01, rtol=0)
+
+
+def test_fisher_factors_of_a_normal_are_its_precision():
+    """Law: I / scale², for one output and for several, exactly."""
+    likelihood = Normal(scale=0.5)
+    one = sum(v * v for v in likelihood.fisher_factors(torch.zeros(3), {}, {}))
+    torch.testing.assert_close(one, torch.full((3,), 4.0))
+    torch.testing.assert_close(fisher(likelihood, torch.zeros(3, 2), {}), 4 * torch.eye(2).expand(3, 2, 2))

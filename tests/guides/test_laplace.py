@@ -1,0 +1,237 @@
+"""The Laplace guide: dense truth for its covariance, the exact evidence, limits, files."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyrolora.guides.curvature import Factors, curvature
+from pyrolora.guides.laplace import Laplace, _bridge, _completed
+from pyrolora.inference.fit import default_arguments, fit
+from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.randomness import isolated
+from pyrolora.priors.flat import Flat
+from pyrolora.priors.normal import Normal
+from pyrolora.program import PyroLoRA
+from tests.programs import PRIORS, LinearGaussian, linear_gaussian, sentence_task, tiny_bert, tiny_program
+
+
+def fitted(program: PyroLoRA | None = None, **options: Any) -> Posterior:
+    """Post hoc on weights that were moved at random: no optimiser."""
+    program = program or tiny_program()
+    with isolated(0), torch.no_grad():
+        for name, parameter in program.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    program.latents = program._find_latents()
+    return fit(program, Laplace(optimise=False, **options), args=default_arguments())
+
+
+def first_batch(program: PyroLoRA, size: int = 5) -> dict[str, Tensor]:
+    assert program.task is not None and program.task.test is not None
+    return program.task.collate([program.task.test[i] for i in range(size)])
+
+
+def dense_covariance(posterior: Posterior, batch: dict[str, Tensor]) -> Tensor:
+    """``J Σ Jᵀ`` with J by autograd for each example and class, and Σ a dense inverse for each matrix."""
+    guide, program = posterior.guide, posterior.program
+    assert isinstance(guide, Laplace)
+    values = {name: guide.point(latent) for name, latent in guide.latents.items()}
+    logits = program.logits(values, batch)
+    total = torch.zeros(*logits.shape, logits.shape[-1])
+    for latent in guide._wanted_sites():
+        q: Any = guide.family(latent)
+        rows = [
+            [torch.autograd.grad(logits[n, c], values[latent.name], retain_graph=True)[0] for c in range(2)]
+            for n in range(len(logits))
+        ]
+        jacobian = torch.stack([torch.stack(row) for row in rows])  # (n, K, layers, *event)
+        if q.transposed:
+            jacobian = jacobian.mT
+        for layer in range(latent.shape[0]):
+            u, beta, rho = q.basis[layer], q.values[layer], q.remainder[layer]
+            large = u @ torch.diag(beta - rho) @ u.T + rho * torch.eye(len(u))
+            small = q.small_basis[layer] @ torch.diag(q.small_values[layer]) @ q.small_basis[layer].T
+            precision = torch.kron(large, small) + q.precision[layer] * torch.eye(large.shape[0] * small.shape[0])
+            flat = jacobian[:, :, layer].flatten(-2).double()
+            total += (flat @ torch.linalg.inv(precision.double()) @ flat.mT).float()
+    return total.detach()
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+@pytest.mark.parametrize("pattern", ["lora.*", "head.*", "lora.query.B"])
+def test_linearised_covariance_is_the_dense_one(rank: int, pattern: str) -> None:
+    """Law: the covariance of the natural parameters is J P⁻¹ Jᵀ with everything made explicit."""
+    posterior = fitted(rank=rank, random=pattern)
+    batch = first_batch(posterior.program)
+    assert isinstance(posterior.guide, Laplace)
+    mean, covariance = posterior.guide.linearised(posterior.program, batch)
+    with torch.no_grad():
+        assert torch.allclose(mean, posterior.program.logits({}, batch), atol=1e-5)
+    expected = dense_covariance(posterior, batch)
+    assert torch.allclose(covariance, expected, rtol=2e-3, atol=1e-5 * float(expected.abs().max()))
+    assert covariance.diagonal(dim1=-2, dim2=-1).min() > 0
+
+
+def linear_laplace(truth: LinearGaussian) -> Laplace:
+    """The guide at the exact posterior mean of the linear-Gaussian program."""
+    guide = Laplace(random="*.A", rank=4, precision="declared")
+    guide.bind(truth.program)
+    site = truth.program.sites["lora.linear.A"]
+    with torch.no_grad():
+        guide.points["lora/linear/A"].copy_(truth.mean.reshape(site.shape))
+    values = {name: guide.point(latent) for name, latent in guide.latents.items()}
+    rows = [{name: value[i] for name, value in truth.batch.items()} for i in range(20)]
+    factors, total = gaussian_curvature(truth, values, rows)
+    guide.set_curvature(factors, total)
+    guide._choose_precision(truth.program)
+    return guide
+
+
+def gaussian_curvature(
+    truth: LinearGaussian, values: dict[str, Tensor], rows: list[dict[str, Tensor]]
+) -> tuple[dict[str, Factors], Tensor]:
+    import datasets
+
+    class Collating:
+        @staticmethod
+        def collate(chosen: list[dict[str, Any]]) -> dict[str, Tensor]:
+            return {name: torch.stack([torch.as_tensor(row[name]) for row in chosen]) for name in chosen[0]}
+
+    truth.program.task = Collating()  # type: ignore[assignment]
+    data = datasets.Dataset.from_list([{name: value.tolist() for name, value in row.items()} for row in rows])
+    return curvature(truth.program, values, [truth.program.sites["lora.linear.A"]], data, rank=4)
+
+
+def test_exact_on_a_linear_gaussian_program() -> None:
+    """Law: there the posterior is Gaussian, its curvature a Kronecker product: covariance and evidence are exact."""
+    truth = linear_gaussian()
+    guide = linear_laplace(truth)
+    q: Any = guide.family(truth.program.latents["lora.linear.A"])
+    eye = torch.eye(8).reshape(1, 1, 8, 2, 4)
+    assert torch.allclose(q.covariance_of(eye)[0, 0], truth.covariance, rtol=1e-3, atol=1e-5)
+    assert guide.log_evidence() == pytest.approx(truth.log_evidence, abs=2e-3)
+
+
+def test_the_tuned_precision_has_the_largest_evidence() -> None:
+    """Law: no other λ for a site explains the data better."""
+    posterior = fitted(precision="marglik")
+    guide: Any = posterior.guide
+    best = guide.log_evidence()
+    for factor in (0.3, 0.9, 1.1, 3.0):
+        for latent in guide._wanted_sites():
+            getattr(guide, f"precision:{latent.name.replace('.', '/')}").mul_(factor)
+        assert guide.log_evidence() < best
+        for latent in guide._wanted_sites():
+            getattr(guide, f"precision:{latent.name.replace('.', '/')}").div_(factor)
+
+
+def test_an_infinite_precision_is_map() -> None:
+    """Law: as λ → ∞ the predictive is the point estimate's."""
+    posterior = fitted()
+    data = posterior.program.task.test  # type: ignore[union-attr]
+    spread = posterior.predict(data).log_mean - posterior.predict(data, 0).log_mean
+    assert spread.abs().max() > 1e-3
+    for name, buffer in posterior.guide.named_buffers():
+        if name.startswith("precision"):
+            buffer.fill_(1e12)
+    assert torch.allclose(posterior.predict(data).log_mean, posterior.predict(data, 0).log_mean, atol=1e-4)
+
+
+@pytest.mark.parametrize("predictive", ["linearised", "probit"])
+def test_predictive_averages_the_softmax(predictive: str) -> None:
+    """Law: the mean of softmax over N(f*, C), by many ordinary draws; probit is within its known error."""
+    posterior = fitted(predictive=predictive)
+    program = posterior.program
+    guide: Any = posterior.guide
+    mean, covariance = guide.linearised(program, first_batch(program, 12))
+    with isolated(0):
+        draws = torch.distributions.MultivariateNormal(mean, covariance + 1e-6 * torch.eye(2)).sample((40_000,))
+    expected = draws.softmax(-1).mean(0)
+    own = posterior.predict(program.task.test).log_mean.exp()  # type: ignore[union-attr]
+    assert torch.allclose(own.float(), expected, atol=0.005 if predictive == "linearised" else 0.02)
+
+
+def test_bridge_for_two_classes_is_the_point_estimate() -> None:
+    """Law: the Laplace bridge's mean does not see the covariance for K = 2, and flattens for K > 2."""
+    mean = torch.tensor([[1.0, -0.5]])
+    assert torch.allclose(_bridge(mean, 2 * torch.eye(2).unsqueeze(0)).softmax(-1), mean.softmax(-1))
+    mean = torch.tensor([[3.0, 0.0, -1.0]])
+    wide = _bridge(mean, 4 * torch.eye(3).unsqueeze(0)).softmax(-1)
+    assert wide.max() < mean.softmax(-1).max() and wide.argmax() == 0
+
+
+def test_before_the_curvature_it_is_map() -> None:
+    """Law: unfitted, no site is random, and nothing is described."""
+    program = tiny_program()
+    guide = Laplace()
+    guide.bind(program)
+    assert guide.random_sites() == [] and guide.describe() == {}
+    assert guide.natural_parameters(program, 4) is None
+
+
+def test_optimises_first() -> None:
+    """Law: fit runs MAP, then the curvature at its optimum; the mean is MAP's."""
+    arguments = default_arguments()
+    arguments.max_steps = 5
+    posterior = fit(tiny_program(), Laplace(), args=arguments)
+    assert posterior.history and set(posterior.guide.random_sites()) == {
+        name for name in posterior.program.sites if name.startswith("lora")
+    }
+    assert math.isfinite(posterior.describe()["all"]["log_evidence"])
+
+
+def test_files_hold_it(tmp_path: Path) -> None:
+    """Law: saved and loaded, the predictive and the evidence are the same to the bit."""
+    posterior = fitted()
+    posterior.save_pretrained(tmp_path)
+    loaded = Posterior.from_pretrained(tmp_path, tiny_bert(), task=sentence_task())
+    data = sentence_task().test
+    assert data is not None
+    assert torch.equal(loaded.predict(data).log_mean, posterior.predict(data).log_mean)
+    assert loaded.describe()["all"] == posterior.describe()["all"]
+
+
+def test_draws_of_weights_come_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Law: weight-space prediction is offered and warned of."""
+    with caplog.at_level(logging.WARNING, "pyrolora"):
+        posterior = fitted(predictive="weights")
+        posterior.predict(posterior.program.task.test, 4)  # type: ignore[union-attr]
+    assert "the noise of A times that of B is not small" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": "all"}, "tokens is one of reduce, expand, last, not 'all'"),
+        ({"rank": 0}, "at least 1"),
+        ({"random": "lora.key.*"}, "matches no matrix; the sites are lora.query.A"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
+    """Law: the error says what is allowed."""
+    with pytest.raises(ValueError, match=message):
+        Laplace(**options).bind(tiny_program())
+
+
+def test_a_declared_precision_needs_a_declared_prior() -> None:
+    """Law: precision='declared' takes 1/s²; under a flat prior it is refused, by site."""
+    guide: Any = fitted(tiny_program(PRIORS), precision="declared").guide
+    assert torch.allclose(getattr(guide, "precision:lora/query/B"), torch.tensor(100.0))
+    with pytest.raises(ValueError, match=r"site 'lora\.query\.A' has a flat prior"):
+        fitted(tiny_program({"*.A": Flat(), "*": Normal(0.1)}), precision="declared")
+
+
+def test_missing_directions_are_filled_up() -> None:
+    """Law: with fewer rows than k the basis is completed to orthonormal columns."""
+    with isolated(0):
+        basis = torch.linalg.qr(torch.randn(2, 7, 3)).Q
+    full = _completed(basis, 5)
+    assert torch.equal(full[..., :3], basis)
+    assert torch.allclose(full.mT @ full, torch.eye(5).expand(2, 5, 5), atol=1e-5)
