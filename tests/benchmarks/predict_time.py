@@ -1,7 +1,8 @@
 """Cost of S draws in forwards of plain PEFT LoRA, vectorised or one by one, with all or only the last layers adapted.
 
 Run: python tests/benchmarks/predict_time.py --out predict_time.json
-Interleaved: every round runs each variant once; ratios are taken within the round.
+Interleaved: every round runs each variant once, beside plain forwards; ratios are taken within the round. On a CPU
+the time is this process's CPU time on one thread, on a GPU the wall clock.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def plain(inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
     return lambda: model(**inputs)
 
 
-def posterior(inputs: dict[str, torch.Tensor], draws: int, *, last: bool, vectorise: bool) -> Callable[[], Any]:
+def posterior(
+    inputs: dict[str, torch.Tensor], draws: int, *, last: bool, vectorise: bool | None = None
+) -> Callable[[], Any]:
     layers = [4, 5] if last else None
     program = PyroLoRA(
         AutoModelForSequenceClassification.from_pretrained(BASE),
@@ -66,29 +69,37 @@ def main() -> None:
     inputs = batch(options.batch, options.length)
     variants: dict[str, Callable[[], Any]] = {}
     for draws in options.draws:
-        variants[f"S={draws} all layers"] = posterior(inputs, draws, last=False, vectorise=True)
-        variants[f"S={draws} last third"] = posterior(inputs, draws, last=True, vectorise=True)
-        variants[f"S={draws} one by one"] = posterior(inputs, draws, last=False, vectorise=False)
+        variants[f"S={draws} all layers"] = posterior(inputs, draws, last=False)
+        variants[f"S={draws} last third"] = posterior(inputs, draws, last=True)
+        variants[f"S={draws} all layers, by vmap"] = posterior(inputs, draws, last=False, vectorise=True)
+    torch.set_num_threads(1)
     reference = plain(inputs)
     ratios: dict[str, list[float]] = {name: [] for name in variants}
     with torch.no_grad():
         for round_ in range(options.rounds + 1):
-            seconds = statistics.median([_time(reference) for _ in range(5)])
             for name, run in variants.items():
+                seconds = statistics.median([_time(reference) for _ in range(3)])
                 ratio = _time(run) / seconds
                 if round_:
                     ratios[name].append(ratio)
     rows = {n: {"forwards": statistics.median(r), "low": min(r), "high": max(r)} for n, r in ratios.items()}
     for name, row in rows.items():
-        print(f"{name:20s} {row['forwards']:6.2f} plain forwards [{row['low']:.2f}, {row['high']:.2f}]")
+        print(f"{name:26s} {row['forwards']:6.2f} plain forwards [{row['low']:.2f}, {row['high']:.2f}]")
     if options.out:
         options.out.write_text(json.dumps({"batch": options.batch, "length": options.length, "rows": rows}, indent=2))
 
 
 def _time(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = _clock()
     run()
-    return time.perf_counter() - start
+    return _clock() - start
+
+
+def _clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
 if __name__ == "__main__":
