@@ -191,15 +191,16 @@ class Laplace(Guide):
     def log_evidence(self) -> float:
         """``log p(y|θ*) + Σ_sites log N(θ*; 0, I/λ) + (D/2) log 2π − ½ log det P``, in nats; random matrices only.
 
+        The same as ``log p(y|θ*) − ½ Σ (λ‖θ*‖² + log |P/λ|)``.
+
         Comparable between ranks, targets and priors wherever the same data are explained.
         """
         total = self.get_buffer("log_likelihood").double()
         for latent in self._wanted_sites():
             q: Any = self.family(latent)
-            size = latent.shape[1:].numel()
             squared = self.points[key(latent)].double().square().sum((-2, -1))
-            precision = q.precision.double()
-            total = total + 0.5 * (size * precision.log() - precision * squared - q.log_det_precision().double()).sum()
+            # The ratio, not the determinants themselves: those are of the order of the number of weights.
+            total = total - 0.5 * (q.precision.double() * squared + q.log_det_ratio().double()).sum()
         return float(total)
 
     def linearised(self, program: PyroLoRA, batch: Batch) -> tuple[Tensor, Tensor]:
