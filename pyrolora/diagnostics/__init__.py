@@ -1,18 +1,31 @@
-"""Diagnostics: calibration, temperature scaling, comparison under one evaluator."""
+"""Diagnostics: calibration, uncertainty and its uses, temperature scaling, comparison under one evaluator."""
 
 from pyrolora.diagnostics.calibration import Estimate, ReliabilityCurve, evaluate, reliability_curve
 from pyrolora.diagnostics.compare import Comparison, Evaluation, compare, evaluate_posterior
+from pyrolora.diagnostics.ood import evaluate_ood, separation
+from pyrolora.diagnostics.selective import RiskCoverageCurve, evaluate_selective, risk_coverage_curve
 from pyrolora.diagnostics.temperature import fit_temperature, scale
+from pyrolora.diagnostics.uncertainty import Component, DrawsCurve, Uncertainty, decompose, nll_by_draws
 
 __all__ = [
     "Comparison",
+    "Component",
+    "DrawsCurve",
     "Estimate",
     "Evaluation",
     "ReliabilityCurve",
+    "RiskCoverageCurve",
+    "Uncertainty",
     "compare",
+    "decompose",
     "evaluate",
+    "evaluate_ood",
     "evaluate_posterior",
+    "evaluate_selective",
     "fit_temperature",
+    "nll_by_draws",
     "reliability_curve",
+    "risk_coverage_curve",
     "scale",
+    "separation",
 ]
