@@ -57,7 +57,7 @@ def test_verdicts() -> None:
     assert verdict({}) is None and verdict({"lora.query": 0.5, "lora.value": 0.001}) is None
     quiet = verdict({"lora.query": 0.005, "lora.value": 0.001})
     assert quiet is not None and "indistinguishable" in quiet and "Start wider" in quiet
-    loud = verdict({"lora.query": 20.0, "lora.value": 1.0})
+    loud = verdict({"lora.query": 40.0, "lora.value": 1.0})
     assert loud is not None and "lora.query:" in loud and "lora.value" not in loud
 
 

@@ -1,0 +1,73 @@
+"""Every tutorial runs as it stands, and what it shows is the output of one clean run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+MAX_BYTES = 200_000
+# The home and temporary folders of whoever ran it.
+MACHINE = re.compile(r"/(home|root|Users|tmp|var/folders)/")
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def kinds(cell: NotebookNode) -> list[str]:
+    """What a reader sees below a cell: streams by name, displays by their types."""
+    return sorted({out.get("name") or "+".join(sorted(out.get("data", {}))) or "error" for out in cell.outputs})
+
+
+def texts(cell: NotebookNode) -> list[str]:
+    """Everything below a cell that is text, pictures left out."""
+    shown = [value for out in cell.outputs for kind, value in out.get("data", {}).items() if kind.startswith("text/")]
+    return shown + [out["text"] for out in cell.outputs if "text" in out]
+
+
+def test_there_are_tutorials() -> None:
+    """Law: the tests below walk something."""
+    assert NOTEBOOKS
+
+
+@pytest.mark.slow
+@each
+def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: away from its folder it runs to its end, its assertions hold, and each cell shows what the stored one does."""
+    # The notebook sees this checkout, one core, no network, and none of the user's own Jupyter or IPython settings.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    notebook = read(shutil.copy(path, tmp_path))
+    stored = [kinds(cell) for cell in code_cells(notebook)]
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    assert [kinds(cell) for cell in code_cells(notebook)] == stored
+
+
+@each
+def test_its_outputs_are_of_one_clean_run(path: Path) -> None:
+    """Law: cells were run once, in order, without errors or warnings; the file is small and names no machine."""
+    cells = code_cells(read(path))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not {"error", "stderr"} & {kind for cell in cells for kind in kinds(cell)}
+    assert any("image/png" in kind for cell in cells for kind in kinds(cell))
+    assert path.stat().st_size < MAX_BYTES
+    assert not [text for cell in cells for text in texts(cell) if MACHINE.search(text)]
