@@ -48,7 +48,7 @@ def test_there_are_tutorials() -> None:
 @pytest.mark.slow
 @each
 def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: away from its folder it runs to its end, its assertions hold, and each cell shows what the stored one does."""
+    """Law: away from its folder it runs to its end, its assertions hold, and its cells show what the stored do."""
     # The notebook sees this checkout, one core, no network, and none of the user's own Jupyter or IPython settings.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
