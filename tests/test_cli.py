@@ -74,7 +74,7 @@ def test_sites(recipe: Path, capsys: Captured) -> None:
     out = capsys.readouterr().out
     program = Recipe.read(recipe).build_program(Recipe.read(recipe).build_task())
     assert [line.split()[0] for line in out.splitlines()] == ["site", *program.sites]
-    assert re.search(r"lora\.query\.B .*Normal\(scale=0\.1\)", out)
+    assert re.search(r"lora\.query\.A .*Normal\(scale=0\.1\)", out)
 
 
 def test_fit_writes_a_posterior_that_stands_alone(fitted: Path, recipe: Path) -> None:
@@ -91,8 +91,9 @@ def test_fit_tells_what_it_did(recipe: Path, tmp_path: Path, capsys: Captured) -
     main(["fit", str(recipe), "--output", str(tmp_path / "mf")])
     out = capsys.readouterr().out
     assert "Posterior(MeanField" in out and f"pyrolora evaluate {tmp_path / 'mf'}" in out
-    elbo, data, kl, log_prior = map(float, re.findall(r"-?\d+\.\d{4}", out.partition("\nelbo")[2]))
+    elbo, data, kl, log_prior = map(float, re.findall(r"-?\d+\.\d{4}", out.partition("\nelbo")[2].partition("\n")[0]))
     assert elbo == pytest.approx(data - kl + log_prior, abs=3e-4)
+    assert re.search(r"lora\.query: noise_to_mean \d", out)
 
 
 def test_fit_without_a_logged_step(recipe: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -269,7 +270,7 @@ def test_wrong_arguments(recipe: Path, capsys: Captured, arguments: str, message
     [
         (
             "fit RECIPE --guide Meanfield",
-            "unknown class 'Meanfield'; did you mean 'MeanField'? There are MAP, MeanField",
+            "unknown class 'Meanfield'; did you mean 'MeanField'? There are Inducing, Laplace, MAP, MeanField",
         ),
         ("fit RECIPE --options.nois weight", "MeanField: unknown argument 'nois'; did you mean 'noise'?"),
         ("fit RECIPE --options.noise loud", 'noise is "weight" or "example", not \'loud\''),

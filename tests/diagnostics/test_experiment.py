@@ -56,7 +56,7 @@ def test_plain_lora_is_the_baseline_and_first() -> None:
     """Law: LoRA comes first, once, whatever else is asked for; unknown names list the right ones."""
     assert check_methods(["MeanField", "MAP", "MeanField"]) == ["LoRA", "MeanField", "MAP"]
     assert check_methods(["MAP", "LoRA"]) == ["LoRA", "MAP"]
-    with pytest.raises(RecipeError, match=r"'Meanfield'; there are LoRA, MAP, Inducing, MeanField"):
+    with pytest.raises(RecipeError, match=r"'Meanfield'; there are LoRA, MAP, Inducing, Laplace, MeanField"):
         check_methods(["Meanfield"])
 
 

@@ -290,5 +290,7 @@ def test_hooks_and_second_stage_are_optional() -> None:
     guide = bound(MAP(), program)
     assert isinstance(guide.hooks(program), contextlib.nullcontext)
     state = {name: p.clone() for name, p in guide.named_parameters()}
-    guide.post_fit(program)
+    assert program.task is not None and program.task.train is not None
+    guide.post_fit(program, program.task.train)
+    assert guide.augmented(program) is program and guide.natural_parameters(program, 4) is None
     assert all(torch.equal(p, state[name]) for name, p in guide.named_parameters())
