@@ -134,22 +134,14 @@ class Reduction:
     mask: Tensor | None = field(default=None)
 
     def inputs(self, value: Tensor) -> Tensor:
-        """``(rows, features)`` of the input side."""
+        """``(rows, features)`` of the input side; reduced, the mean over an example's tokens."""
         tokens, real = self._tokens(value)
-        if self.kind == "expand":
-            return tokens[real.bool()]
-        if self.kind == "last":
-            return self._last(tokens, real)
-        return (tokens * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        rows = self._rows(tokens, real)
+        return rows / real.sum(1, keepdim=True).clamp(min=1) if self.kind == "reduce" else rows
 
     def gradients(self, value: Tensor) -> Tensor:
-        """``(rows, features)`` of the output side."""
-        tokens, real = self._tokens(value)
-        if self.kind == "expand":
-            return tokens[real.bool()]
-        if self.kind == "last":
-            return self._last(tokens, real)
-        return (tokens * real.unsqueeze(-1)).sum(1)
+        """``(rows, features)`` of the output side; reduced, the sum over an example's tokens."""
+        return self._rows(*self._tokens(value))
 
     def weight(self, value: Tensor) -> float:
         """How many rows the input side counts for."""
@@ -162,10 +154,12 @@ class Reduction:
         # A head sees one row for an example, and the cross-attention of a decoder other tokens than the mask's.
         return tokens, tokens.new_ones(tokens.shape[:2])
 
-    @staticmethod
-    def _last(tokens: Tensor, real: Tensor) -> Tensor:
-        positions = torch.arange(real.shape[1], device=real.device)
-        last = (real * (positions + 1)).argmax(1)
+    def _rows(self, tokens: Tensor, real: Tensor) -> Tensor:
+        if self.kind == "expand":
+            return tokens[real.bool()]
+        if self.kind == "reduce":
+            return (tokens * real.unsqueeze(-1)).sum(1)
+        last = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1)
         return tokens[torch.arange(len(tokens), device=tokens.device), last]
 
 
