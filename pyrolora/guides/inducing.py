@@ -53,8 +53,8 @@ class Inducing(Guide):
         conditional: λ: ``"prior"`` (1), ``"learned"`` or ``"fixed"``; default ``"learned"``.
         conditional_scale: λ where fixed, and where learned at the start.
         init_scale: σ_V at the start; the prior's is 1.
-        scale_learning_rate: Learning rate of all logarithms of scales (σ_V, λ, D) as a multiple of the weights'. σ_V grows
-            while B is near zero and nothing resists it: at 10 it reaches the prior before anything is learnt.
+        scale_learning_rate: Learning rate of all logarithms of scales (σ_V, λ, D) as a multiple of the weights'. σ_V
+            grows while B is near zero and nothing resists it: at 10 it is the prior's before anything is learnt.
         depth: Number of flows of ``posterior="flow"``.
         members: Number of point masses of ``posterior="ensemble"``.
 
