@@ -150,7 +150,7 @@ def _fit_and_evaluate(
             "fit_seconds": fit_seconds,
             "predict_seconds": evaluation.pop("predict_seconds"),
             "parameters": sum(p.numel() for p in posterior.guide.parameters()),
-            "passes": evaluation["num_draws"],
+            "passes": posterior.guide.passes(num_draws, len(task.class_names)),
         }
         cell = {"method": method, "description": _description(method), "seed": seed, "split": split, "cost": cost}
         cells.append({**cell, **evaluation})

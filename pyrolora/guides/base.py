@@ -73,6 +73,15 @@ class Guide(nn.Module):
         """What stands on the base model while the guide trains: noise in activation space, for instance."""
         return contextlib.nullcontext()
 
+    def passes(self, num_draws: int, num_outputs: int) -> int:
+        """Passes through the base model, forward and backward, that one prediction takes.
+
+        Args:
+            num_draws: S.
+            num_outputs: Natural parameters of an example, K for K classes.
+        """
+        return max(num_draws, 1) if self.random_sites() else 1
+
     def reparametrisations(self) -> dict[str, Reparam]:
         """Model sites to Pyro reparametrisers: how a guide with auxiliary variables rewrites the model's statements."""
         return {}

@@ -219,7 +219,7 @@ class Inducing(Guide):
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 draws = torch.stack([self._family(latent).distribution().sample() for _ in range(num_draws)])
-            kl = _mean_divergence(q, draws, _white(draws[0]))
+            kl = _mean_divergence(q, draws, self._family(latent).prior())
             noise = self._noise(latent)
             variance = draws.var(0)
             size = latent.shape[1:].numel()
@@ -286,16 +286,11 @@ class _Augment(Reparam):
 
     def apply(self, msg: Any) -> Any:
         guide, latent = self.guide, self.latent
-        start = guide._family(latent).mean().detach()
-        white = pyro.sample(f"{latent.name}.V", _white(start))
+        white = pyro.sample(f"{latent.name}.V", guide._family(latent).prior())
         map_ = pyro.sample(f"{latent.name}.T", msg["fn"]) if guide.structure == "product" else None
         noise = None if guide._noise(latent) is None else white.new_ones(white.shape[:1])
         fn = guide._given(latent, white, map_, noise)
         return {"fn": fn, "value": msg["value"], "is_observed": msg["is_observed"]}
-
-
-def _white(like: Tensor) -> MatrixNormal:
-    return MatrixNormal(torch.zeros_like(like))
 
 
 def _mean_divergence(q: TorchDistributionMixin, draws: Tensor, p: MatrixNormal) -> float:

@@ -25,9 +25,13 @@ class Family(nn.Module, ABC):
         scale: Its standard deviation at the start, of every entry.
     """
 
-    @abstractmethod
     def __init__(self, start: Tensor, scale: float):
         super().__init__()
+        self.shape = start.shape
+
+    def prior(self) -> MatrixNormal:
+        """``V_ij ~ N(0, 1)``, batch ``(layers,)``, event ``(k_r, k_c)``."""
+        return MatrixNormal(next(self.parameters()).new_zeros(self.shape))
 
     @abstractmethod
     def distribution(self) -> TorchDistributionMixin:
@@ -46,7 +50,7 @@ class Diagonal(Family):
     """``V_ij ~ N(μ_ij, σ_ij²)``."""
 
     def __init__(self, start: Tensor, scale: float):
-        super(Family, self).__init__()
+        super().__init__(start, scale)
         self.loc = nn.Parameter(start.clone())
         self.log_scale = nn.Parameter(torch.full_like(start, math.log(scale)))
 
@@ -61,7 +65,7 @@ class Matrix(Family):
     """``V ~ MN(M, L_r L_rᵀ, L_c L_cᵀ)``: covariance ``(L_c L_cᵀ) ⊗ (L_r L_rᵀ)`` for each layer."""
 
     def __init__(self, start: Tensor, scale: float):
-        super(Family, self).__init__()
+        super().__init__(start, scale)
         layers, rows, columns = start.shape
         self.loc = nn.Parameter(start.clone())
         self.log_row = nn.Parameter(start.new_full((layers, rows), math.log(scale)))
@@ -80,7 +84,7 @@ class Full(Family):
     """``vec V ~ N(vec M, L Lᵀ)`` with L of ``k_r k_c × k_r k_c`` for each layer."""
 
     def __init__(self, start: Tensor, scale: float):
-        super(Family, self).__init__()
+        super().__init__(start, scale)
         layers, size = start.shape[0], start.shape[1:].numel()
         self.loc = nn.Parameter(start.clone())
         self.log_diagonal = nn.Parameter(start.new_full((layers, size), math.log(scale)))
@@ -110,7 +114,7 @@ class Flow(Family):
     """
 
     def __init__(self, start: Tensor, scale: float, depth: int = 1, hidden: int = 4):
-        super(Family, self).__init__()
+        super().__init__(start, scale)
         size = start.shape[-1]
         if size < 2:
             raise ValueError("a flow along rows needs at least two inducing columns")
@@ -154,7 +158,7 @@ class Ensemble(Family):
     """
 
     def __init__(self, start: Tensor, scale: float, members: int = 5):
-        super(Family, self).__init__()
+        super().__init__(start, scale)
         noise = torch.randn(members, *start.shape, device=start.device, dtype=start.dtype)
         self.members = nn.Parameter(start + scale * (noise - noise.mean(0)))
         self.chosen: Tensor | None = None

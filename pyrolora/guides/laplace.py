@@ -127,6 +127,10 @@ class Laplace(Guide):
         self.set_curvature(found, total)
         self._choose_precision(program)
 
+    def passes(self, num_draws: int, num_outputs: int) -> int:
+        linearised = bool(self.fitted) and self.predictive != "weights" and num_draws > 0
+        return 1 + num_outputs if linearised else super().passes(num_draws, num_outputs)
+
     def natural_parameters(
         self, program: PyroLoRA, num_draws: int, *, seed: int = 0
     ) -> Callable[[Batch], Tensor] | None:
@@ -340,7 +344,7 @@ def _completed(basis: Tensor, size: int) -> Tensor:
     missing = size - basis.shape[-1]
     if missing <= 0:
         return basis
-    unit = torch.eye(basis.shape[-2], dtype=basis.dtype, device=basis.device).expand(len(basis), -1, -1)
-    rest = unit - basis @ basis.mT
-    full = torch.linalg.svd(rest).U[..., :missing]
-    return torch.cat([basis, full], -1)
+    # Any further columns will do: Householder's Q is orthonormal even where they depend on the basis.
+    more = torch.eye(basis.shape[-2], missing, dtype=basis.dtype, device=basis.device).expand(len(basis), -1, -1)
+    filled = torch.linalg.qr(torch.cat([basis, more], -1)).Q
+    return torch.cat([basis, filled[..., -missing:]], -1)

@@ -150,6 +150,7 @@ def test_predictive_averages_the_softmax(predictive: str) -> None:
     posterior = fitted(predictive=predictive)
     program = posterior.program
     guide: Any = posterior.guide
+    assert guide.passes(16, 2) == 3 and guide.passes(0, 2) == 1  # one forward, and a backward for each class
     mean, covariance = guide.linearised(program, first_batch(program, 12))
     with isolated(0):
         draws = torch.distributions.MultivariateNormal(mean, covariance + 1e-6 * torch.eye(2)).sample((40_000,))
