@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
+from typing import Any, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -225,6 +226,13 @@ def key(latent: Latent) -> str:
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
     """Whether a site name matches one of the shell-style patterns."""
     return any(fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
+
+
+def check_choice(what: str, value: Any, choices: Any) -> Any:
+    """The value, if it is one of a Literal's; else a ValueError that lists them."""
+    if value not in get_args(choices):
+        raise ValueError(f"{what} is one of {', '.join(get_args(choices))}, not {value!r}")
+    return value
 
 
 def unconstrained(latent: Latent) -> Tensor:

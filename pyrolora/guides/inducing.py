@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyrolora.distributions.inducing import Colouring, InducedMatrixNormal, Side
 from pyrolora.distributions.matrix_normal import MatrixNormal
-from pyrolora.guides.base import Guide, key, matches, unconstrained
+from pyrolora.guides.base import Guide, check_choice, key, matches, unconstrained
 from pyrolora.guides.inducing_families import Diagonal, Ensemble, Family, Flow, Full, Matrix
 from pyrolora.priors.base import checked
 from pyrolora.program import Batch, Latent, PyroLoRA
@@ -80,10 +80,10 @@ class Inducing(Guide):
         members: int = 5,
     ):
         super().__init__(random=random)
-        _check_choice("structure", structure, Structure)
-        _check_choice("posterior", posterior, Posterior)
+        check_choice("Inducing: structure", structure, Structure)
+        check_choice("Inducing: posterior", posterior, Posterior)
         if conditional is not None:
-            _check_choice("conditional", conditional, Conditional)
+            check_choice("Inducing: conditional", conditional, Conditional)
         if structure == "product" and not size is rank_size is conditional is None:
             raise ValueError("Inducing: size, rank_size and conditional belong to structure='factors'")
         if not all(x > 0 for x in (init_scale, scale_learning_rate, conditional_scale, depth, members)):
@@ -333,8 +333,3 @@ def _partner(name: str) -> str:
     """The B of an A, the A of a B: ``lora.query.B`` of ``lora.query.A``, ``lora.query.1.B`` of ``lora.query.1.A``."""
     head, role = name.rsplit(".", 1)
     return f"{head}.{'B' if role == 'A' else 'A'}"
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"Inducing: {name} is one of {', '.join(get_args(choices))}, not {value!r}")

@@ -5,23 +5,35 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
+from pyrolora.adapters.sites import SiteGroup
+from pyrolora.distributions.diagonal_precision import DiagonalPrecisionNormal
 from pyrolora.distributions.kronecker import LowRankKroneckerNormal
-from pyrolora.guides.base import Guide, key, matches
-from pyrolora.guides.curvature import Factors, Recorder, Tokens, curvature, large_is_input
-from pyrolora.guides.precision import Scope, tuned
-from pyrolora.program import Batch, Latent, PyroLoRA, evaluating
+from pyrolora.guides.base import Guide, check_choice, key, matches
+from pyrolora.guides.curvature import batches, curvature
+from pyrolora.guides.factors import Factors, Structure, Tokens, large_is_input
+from pyrolora.guides.linearised import (
+    bridge,
+    covariance_of,
+    gaussian_points,
+    jacobians,
+    negative_log_likelihoods,
+    probit,
+    slices,
+)
+from pyrolora.guides.precision import Scope, best_factor, tuned
+from pyrolora.program import Batch, Latent, PyroLoRA
 
 logger = logging.getLogger("pyrolora")
 
-Precision = Literal["marglik", "declared"]
-Predictive = Literal["linearised", "probit", "bridge", "weights"]
+Precision = Literal["marglik", "val_nll", "declared"]
+Predictive = Literal["linearised", "probit", "bridge", "joint", "weights"]
 
 
 class Laplace(Guide):
@@ -31,18 +43,23 @@ class Laplace(Guide):
     are linearised by default: ``f(x) ~ N(f*(x), J Σ Jᵀ)`` over the natural parameters, with J by one backward pass for
     each class, then averaged over quasi-Monte Carlo points. The model's own prediction stays in the centre, so that
     accuracy hardly moves. The evidence ``log p(y|θ*) + log p(θ*) + (D/2) log 2π − ½ log det P`` is in `describe`.
+    The Jacobian takes ``4 K b`` bytes for each random number, b rows at once, and at most 1 GiB.
 
     Biases, and every site that does not match ``random``, keep their point estimates.
 
     Args:
         random: Pattern(s) of the matrices that are random: ``"lora.*"``, or ``"head.*"`` for last-layer Laplace.
+        structure: ``"low_rank"``, ``"dense"`` (both Kronecker factors whole: an ``n × n`` matrix of the large side) or
+            ``"diagonal"`` (the exact diagonal of F).
         rank: k of the large side.
-        tokens: ``"reduce"``, ``"expand"`` or ``"last"``, see `Reduction`.
-        precision: λ, the prior's precision: ``"marglik"`` maximises the evidence, ``"declared"`` takes the declared
-            Normal prior's.
+        tokens: ``"reduce"``, ``"expand"`` or ``"last"``, see `Reduction`; the diagonal needs no such choice.
+        precision: λ, the prior's precision: ``"marglik"`` maximises the evidence on the training data, ``"val_nll"``
+            scales that λ by the factor that predicts the task's validation split best, ``"declared"`` takes the
+            declared Normal prior's, and a number is λ itself.
         scope: ``"site"``, ``"layer"`` or ``"global"``: what shares one λ under ``"marglik"``.
-        predictive: ``"linearised"``, its closed forms ``"probit"`` or ``"bridge"``, or ``"weights"``: draws of the
-            weights, which at the λ of a low-rank adapter are usually unusable (the product of two noises is not small).
+        predictive: ``"linearised"``, or its closed forms ``"probit"`` or ``"bridge"``, for each input on its own;
+            ``"joint"``: draws ``f*(x) + J(x)(θ_s − θ*)``, one θ_s for all inputs; ``"weights"``: draws of the weights,
+            which at the λ of a low-rank adapter are usually unusable (the product of two noises is not small).
         num_points: Quasi-Monte Carlo points of the linearised predictive, whatever number of draws is asked for.
         optimise: False takes the model's present weights (an adapter trained elsewhere) for the MAP estimate.
         exact_up_to: The largest number of classes for which the Fisher information is exact; above, one draw each.
@@ -55,9 +72,10 @@ class Laplace(Guide):
         self,
         *,
         random: str | Sequence[str] = "lora.*",
+        structure: Structure = "low_rank",
         rank: int = 10,
         tokens: Tokens = "reduce",
-        precision: Precision = "marglik",
+        precision: Precision | float = "marglik",
         scope: Scope = "site",
         predictive: Predictive = "linearised",
         num_points: int = 256,
@@ -66,17 +84,15 @@ class Laplace(Guide):
         batch_size: int = 16,
     ):
         super().__init__(random=random)
-        for name, value, choices in (
-            ("tokens", tokens, Tokens),
-            ("precision", precision, Precision),
-            ("scope", scope, Scope),
-            ("predictive", predictive, Predictive),
-        ):
-            if value not in get_args(choices):
-                raise ValueError(f"Laplace: {name} is one of {', '.join(get_args(choices))}, not {value!r}")
+        check_choice("Laplace: structure", structure, Structure)
+        check_choice("Laplace: tokens", tokens, Tokens)
+        check_choice("Laplace: scope", scope, Scope)
+        check_choice("Laplace: predictive", predictive, Predictive)
+        _check_precision(precision)
         if not (rank >= 1 and num_points >= 1 and exact_up_to >= 0 and batch_size >= 1):
             raise ValueError("Laplace: rank, num_points and batch_size are at least 1, exact_up_to at least 0")
-        self.rank, self.tokens, self.precision, self.scope = rank, tokens, precision, scope
+        self.structure, self.rank, self.tokens = structure, rank, tokens
+        self.precision, self.scope = precision, scope
         self.predictive, self.num_points, self.optimise = predictive, num_points, optimise
         self.exact_up_to, self.batch_size = exact_up_to, batch_size
 
@@ -91,18 +107,19 @@ class Laplace(Guide):
         for latent in self._wanted_sites():
             self._allocate(latent)
         self.register_buffer("log_likelihood", torch.zeros((), device=program.device))
+        self.register_buffer("checksum", torch.zeros(2, dtype=torch.double, device=program.device))
 
     def is_random(self, latent: Latent) -> bool:
         """Matrices that match ``random``, once the curvature is known; before, the guide is MAP."""
-        return self._wanted(latent) and bool(self.fitted)
+        return self._wanted(latent) and self.is_fitted
 
     def family(self, latent: Latent) -> TorchDistributionMixin:
-        own = {name: getattr(self, f"{name}:{key(latent)}") for name in _PARTS}
-        basis = own.pop("basis")
         assert latent.group is not None
-        return LowRankKroneckerNormal(
-            self.points[key(latent)], basis, **own, transposed=large_is_input(latent.group), validate_args=False
-        )
+        loc, own = self.points[key(latent)], {name: self._part(name, latent) for name in self._parts(latent)}
+        if self.structure == "diagonal":
+            return DiagonalPrecisionNormal(loc, **own, validate_args=False)
+        basis = own.pop("basis")
+        return LowRankKroneckerNormal(loc, basis, **own, transposed=large_is_input(latent.group), validate_args=False)
 
     def centre(self, latent: Latent) -> Tensor:
         return self.points[key(latent)]
@@ -111,14 +128,12 @@ class Laplace(Guide):
         return self.points[key(latent)] if self._wanted(latent) else super().point(latent)
 
     def post_fit(self, program: PyroLoRA, data: Dataset) -> None:
-        values = {name: self.point(latent) for name, latent in self.latents.items()}
-        wanted = self._wanted_sites()
-        sites = [latent.group for latent in wanted if latent.group is not None]
         found, total = curvature(
             program,
-            values,
-            sites,
+            self._values(),
+            self._groups(),
             data,
+            structure=self.structure,
             rank=self.rank,
             tokens=self.tokens,
             exact_up_to=self.exact_up_to,
@@ -128,25 +143,31 @@ class Laplace(Guide):
         self._choose_precision(program)
 
     def passes(self, num_draws: int, num_outputs: int) -> int:
-        linearised = bool(self.fitted) and self.predictive != "weights" and num_draws > 0
+        linearised = self.is_fitted and self.predictive != "weights" and num_draws > 0
         return 1 + num_outputs if linearised else super().passes(num_draws, num_outputs)
 
     def natural_parameters(
         self, program: PyroLoRA, num_draws: int, *, seed: int = 0
     ) -> Callable[[Batch], Tensor] | None:
-        if self.predictive == "weights" or not bool(self.fitted):
-            if self.predictive == "weights":
-                logger.warning(
-                    "Laplace(predictive='weights'): the noise of A times that of B is not small at this precision; "
-                    "compare with the linearised predictive before you trust it"
-                )
+        if not self.is_fitted:
+            logger.warning("Laplace has no curvature yet: its predictions are the point estimate's. Fit it first")
             return None
+        self._check_weights()
+        if self.predictive == "weights":
+            logger.warning(
+                "Laplace(predictive='weights'): the noise of A times that of B is not small at this precision; "
+                "compare with the linearised predictive before you trust it"
+            )
+            return None
+        if self.predictive == "joint":
+            noise = self._noise(num_draws, seed)
+            return lambda batch: self._joint(program, batch, noise)
         return lambda batch: self._points(*self.linearised(program, batch), seed=seed)
 
     @torch.no_grad()
     def describe(self) -> dict[str, dict[str, float]]:
         """Prior precision λ and effective parameters of each matrix, and the log evidence of all, in nats."""
-        if not bool(self.fitted):
+        if not self.is_fitted:
             return {}
         rows = {}
         for latent in self._wanted_sites():
@@ -169,27 +190,11 @@ class Laplace(Guide):
             log_likelihood: ``Σ_n log p(y_n | x_n, θ*)`` in nats.
         """
         for latent in self._wanted_sites():
-            assert latent.group is not None
-            factors = found[latent.name]
-            # Ā is the mean over examples, S̄ the sum: the division goes where the input side is.
-            share = 1.0 / max(factors.weight, 1.0)
-            large, small = (share, 1.0) if large_is_input(latent.group) else (1.0, share)
-            basis, scale, _ = torch.linalg.svd(factors.sketch * math.sqrt(large), full_matrices=False)
-            values = scale.square()
-            size = basis.shape[-2]
-            left = (factors.trace * large - values.sum(-1)).clamp(min=0)
-            eigen, vectors = torch.linalg.eigh(factors.small * small)
-            parts = {
-                "basis": _completed(basis, factors.rank),
-                "values": torch.nn.functional.pad(values, (0, factors.rank - values.shape[-1])),
-                "remainder": left / max(size - factors.rank, 1),
-                "small_basis": vectors,
-                "small_values": eigen.clamp(min=0),
-            }
-            for name, value in parts.items():
-                getattr(self, f"{name}:{key(latent)}").copy_(value)
+            for name, value in found[latent.name].parts().items():
+                self._part(name, latent).copy_(value)
         self.get_buffer("log_likelihood").copy_(log_likelihood)
         self.get_buffer("fitted").fill_(True)
+        self.get_buffer("checksum").copy_(self._sums())
 
     @torch.no_grad()
     def log_evidence(self) -> float:
@@ -199,6 +204,7 @@ class Laplace(Guide):
 
         Comparable between ranks, targets and priors wherever the same data are explained.
         """
+        self._need_curvature()
         total = self.get_buffer("log_likelihood").double()
         for latent in self._wanted_sites():
             q: Any = self.family(latent)
@@ -207,62 +213,105 @@ class Laplace(Guide):
             total = total - 0.5 * (q.precision.double() * squared + q.log_det_ratio().double()).sum()
         return float(total)
 
+    def tune(
+        self, program: PyroLoRA, *, precision: Precision | float | None = None, scope: Scope | None = None
+    ) -> None:
+        """Chooses λ again from the curvature that there is, without another pass over the training data.
+
+        Args:
+            program: The Pyro model; ``"val_nll"`` passes once over its task's validation split.
+            precision: As for the constructor; None keeps the present way.
+            scope: Likewise.
+        """
+        self._need_curvature()
+        if precision is not None:
+            self.precision = _check_precision(precision)
+        if scope is not None:
+            self.scope = check_choice("Laplace: scope", scope, Scope)
+        self._choose_precision(program)
+
     def linearised(self, program: PyroLoRA, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean ``f*(x)``, ``(b, K)``, and covariance ``J Σ Jᵀ``, ``(b, K, K)``, of the natural parameters."""
-        wanted = self._wanted_sites()
-        sites = [latent.group for latent in wanted if latent.group is not None]
-        recorder = Recorder(program, sites)
-        values = {name: self.point(latent) for name, latent in self.latents.items()}
-        with evaluating(program.model), recorder.watching(), torch.enable_grad():
-            logits = recorder.run(values, batch)
-            flat = logits.unsqueeze(-1) if logits.dim() == 1 else logits
-            if flat.dim() != 2:
-                raise ValueError(
-                    "the linearised predictive is over a vector of natural parameters for each example, not "
-                    f"{tuple(logits.shape)}: use Laplace(predictive='weights')"
-                )
-            outputs = flat.shape[-1]
-            unit = torch.eye(outputs, dtype=flat.dtype, device=flat.device)
-            slices: dict[str, list[Tensor]] = {latent.name: [] for latent in wanted}
-            for c in range(outputs):
-                gradients = recorder.gradients(flat, unit[c], keep=c + 1 < outputs)
-                for site in sites:
-                    slices[site.name].append(_jacobian(recorder, gradients, site.holders, len(flat)))
-        covariance = flat.new_zeros(len(flat), outputs, outputs)
-        with torch.no_grad():
-            for latent in wanted:
-                q: Any = self.family(latent)
-                covariance += q.covariance_of(torch.stack(slices[latent.name], 2)).sum(0)
-        return flat.detach(), covariance
+        self._need_curvature()
+        laws: dict[str, Any] = {latent.name: self.family(latent) for latent in self._wanted_sites()}
+        means, covariances = [], []
+        for _, mean, jacobian in jacobians(program, self._values(), self._groups(), batch):
+            means.append(mean)
+            with torch.no_grad():
+                covariances.append(covariance_of(laws, jacobian))
+        return torch.cat(means), torch.cat(covariances)
 
-    def _points(self, mean: Tensor, covariance: Tensor, *, seed: int) -> Tensor:
+    def _points(self, mean: Tensor, covariance: Tensor, *, seed: int = 0) -> Tensor:
         """Natural parameters ``(S, b, K)`` whose softmax averages to the predictive."""
         if self.predictive == "probit":
-            return _probit(mean, covariance).unsqueeze(0)
+            return probit(mean, covariance).unsqueeze(0)
         if self.predictive == "bridge":
-            return _bridge(mean, covariance).unsqueeze(0)
-        engine = torch.quasirandom.SobolEngine(mean.shape[-1], scramble=True, seed=seed % 2**31)
-        uniform = engine.draw(self.num_points, dtype=torch.double).clamp(1e-9, 1 - 1e-9)
-        white = torch.special.ndtri(uniform).to(mean)
-        values, vectors = torch.linalg.eigh(covariance)
-        root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
-        return mean + torch.einsum("nkj,sj->snk", root, white)
+            return bridge(mean, covariance).unsqueeze(0)
+        return gaussian_points(mean, covariance, self.num_points, seed=seed)
+
+    @torch.no_grad()
+    def _noise(self, num_draws: int, seed: int) -> dict[str, Tensor]:
+        """``θ_s − θ*`` of every random site, ``(S, layers, *shape)``; draw s depends on the seed and s alone."""
+        rows = []
+        with torch.random.fork_rng():
+            for s in range(num_draws):
+                torch.manual_seed(seed * 1_000_003 + s)
+                rows.append({latent.name: self._deviation(latent) for latent in self._wanted_sites()})
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _deviation(self, latent: Latent) -> Tensor:
+        law: Any = self.family(latent)
+        return law.sample() - law.mean
+
+    def _joint(self, program: PyroLoRA, batch: Batch, noise: Mapping[str, Tensor]) -> Tensor:
+        """``f*(x) + J(x)(θ_s − θ*)``, ``(S, b, K)``: a Jacobian-vector product from the K backward passes."""
+        columns = []
+        for mean, own in slices(program, self._values(), self._groups(), batch):  # noqa: B007 - the same every time
+            columns.append(sum(torch.einsum("lnoi,sloi->sn", own[name], noise[name]) for name in own))
+        return mean + torch.stack([torch.as_tensor(column) for column in columns], -1)
 
     def _choose_precision(self, program: PyroLoRA) -> None:
         wanted = self._wanted_sites()
         laws = {latent.name: self.family(latent) for latent in wanted}
-        if self.precision == "declared":
+        if isinstance(self.precision, (int, float)):
+            chosen = {name: torch.tensor(float(self.precision)) for name in laws}
+        elif self.precision == "declared":
             chosen = {latent.name: torch.tensor(_declared(latent)) for latent in wanted}
         else:
             chosen = tuned(laws, {latent.name: self.points[key(latent)] for latent in wanted}, scope=self.scope)
+        if self.precision == "val_nll":
+            factor = self._validated(program, laws, chosen)
+            chosen = {name: value * factor for name, value in chosen.items()}
         for latent in wanted:
-            getattr(self, f"precision:{key(latent)}").copy_(chosen[latent.name])
+            self._part("precision", latent).copy_(chosen[latent.name])
+
+    def _validated(self, program: PyroLoRA, laws: Mapping[str, Any], base: Mapping[str, Tensor]) -> float:
+        """The factor on λ with the smallest NLL of the task's validation split."""
+        data = program.task.validation if program.task is not None else None
+        if not data:
+            raise ValueError(
+                "Laplace(precision='val_nll') needs a validation split: give the task one, or use 'marglik'"
+            )
+        found = batches(program, data, self.batch_size, label="validation")
+        values, sites = self._values(), self._groups()
+        factors = torch.logspace(-3, 3, 25)
+        candidates = [
+            {name: law.with_precision(base[name] * factor) for name, law in laws.items()} for factor in factors.tolist()
+        ]
+        return best_factor(factors, negative_log_likelihoods(program, values, sites, found, candidates, self._points))
 
     def _allocate(self, latent: Latent) -> None:
+        for name, shape in self._parts(latent).items():
+            self.register_buffer(f"{name}:{key(latent)}", torch.ones(shape, device=latent.start.device))
+
+    def _parts(self, latent: Latent) -> dict[str, tuple[int, ...]]:
+        """What describes the posterior of a site beside its mean, with shapes."""
         layers = latent.shape[0]
         small, large = sorted(latent.shape[1:])
-        rank = min(self.rank, large)
-        shapes: dict[str, tuple[int, ...]] = {
+        if self.structure == "diagonal":
+            return {"curvature": latent.shape, "precision": (layers,)}
+        rank = min(self.rank, large) if self.structure == "low_rank" else large
+        return {
             "basis": (layers, large, rank),
             "values": (layers, rank),
             "remainder": (layers,),
@@ -270,8 +319,43 @@ class Laplace(Guide):
             "small_values": (layers, small),
             "precision": (layers,),
         }
-        for name, shape in shapes.items():
-            self.register_buffer(f"{name}:{key(latent)}", torch.ones(shape, device=latent.start.device))
+
+    def _part(self, name: str, latent: Latent) -> Tensor:
+        return self.get_buffer(f"{name}:{key(latent)}")
+
+    # -- guards ------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the curvature is known."""
+        return bool(self.fitted)
+
+    def _need_curvature(self) -> None:
+        if not self.is_fitted:
+            raise RuntimeError(
+                "Laplace has no curvature yet: fit it with pyrolora.fit, or call post_fit(program, data)"
+            )
+        self._check_weights()
+
+    @torch.no_grad()
+    def _check_weights(self) -> None:
+        if not torch.allclose(self._sums(), self.get_buffer("checksum"), rtol=1e-6, atol=1e-9):
+            raise RuntimeError(
+                "Laplace's weights changed after its curvature was taken, which holds at those weights alone: call "
+                "post_fit(program, data) again"
+            )
+
+    @torch.no_grad()
+    def _sums(self) -> Tensor:
+        """Σ θ* and Σ θ*² of all point estimates: enough to see that they changed."""
+        points = [value.detach().double().flatten() for value in self.points.values()]
+        return torch.stack([sum(p.sum() for p in points), sum(p.square().sum() for p in points)])  # type: ignore[list-item]
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: self.point(latent) for name, latent in self.latents.items()}
+
+    def _groups(self) -> list[SiteGroup]:
+        return [latent.group for latent in self._wanted_sites() if latent.group is not None]
 
     def _wanted_sites(self) -> list[Latent]:
         return [latent for latent in self.latents.values() if self._wanted(latent)]
@@ -289,47 +373,6 @@ class Laplace(Guide):
                 raise ValueError(f"random={pattern!r} matches no matrix; the sites are {', '.join(self.latents)}")
 
 
-_PARTS = ("basis", "values", "remainder", "small_basis", "small_values", "precision")
-
-
-def _jacobian(
-    recorder: Recorder, gradients: Mapping[str, Tensor], holders: Sequence[tuple[str, str]], size: int
-) -> Tensor:
-    """``∂f_c/∂W = Σ_t g_t a_tᵀ`` of each example, ``(layers, b, out, in)``."""
-    rows = []
-    for path, _ in holders:
-        g = gradients[path].float().reshape(size, -1, gradients[path].shape[-1])
-        a = recorder.inputs[path].float().reshape(size, -1, recorder.inputs[path].shape[-1])
-        rows.append(g.mT @ a)
-    return torch.stack(rows)
-
-
-def _probit(mean: Tensor, covariance: Tensor) -> Tensor:
-    """``log p_k`` up to a constant, ``p_k ≈ 1/(1 + Σ_{j≠k} exp(−(μ_k − μ_j)/√(1 + π/8 V_kj)))``, V of the difference.
-
-    For two classes it is MacKay's probit approximation. Source: Lu et al. 2020 (mean-field softmax), pairwise form.
-    """
-    variance = covariance.diagonal(dim1=-2, dim2=-1)
-    spread = variance.unsqueeze(-1) + variance.unsqueeze(-2) - 2 * covariance
-    margin = (mean.unsqueeze(-1) - mean.unsqueeze(-2)) / (1 + math.pi / 8 * spread.clamp(min=0)).sqrt()
-    return -torch.logsumexp(-margin, -1)  # j = k contributes the 1
-
-
-def _bridge(mean: Tensor, covariance: Tensor) -> Tensor:
-    """Logarithm of the mean of the Dirichlet that matches the Gaussian (Hobbhahn et al. 2022, eq. 10).
-
-    The logits are centred first, because a softmax does not see their sum. For two classes the bridge's mean is that
-    of the point estimate, whatever the covariance.
-    """
-    classes = mean.shape[-1]
-    centring = torch.eye(classes, dtype=mean.dtype, device=mean.device) - 1 / classes
-    mean = mean @ centring
-    variance = (centring @ covariance @ centring).diagonal(dim1=-2, dim2=-1)
-    exponent = mean.exp() / classes**2 * (-mean).exp().sum(-1, keepdim=True)
-    alpha = (1 - 2 / classes + exponent) / variance.clamp(min=1e-12)
-    return alpha.clamp(min=1e-12).log()
-
-
 def _declared(latent: Latent) -> float:
     if latent.flat:
         raise ValueError(
@@ -339,12 +382,9 @@ def _declared(latent: Latent) -> float:
     return latent.prior_scale**-2
 
 
-def _completed(basis: Tensor, size: int) -> Tensor:
-    """Orthonormal columns up to ``size``, where fewer rows than that were seen: their values are zero."""
-    missing = size - basis.shape[-1]
-    if missing <= 0:
-        return basis
-    # Any further columns will do: Householder's Q is orthonormal even where they depend on the basis.
-    more = torch.eye(basis.shape[-2], missing, dtype=basis.dtype, device=basis.device).expand(len(basis), -1, -1)
-    filled = torch.linalg.qr(torch.cat([basis, more], -1)).Q
-    return torch.cat([basis, filled[..., -missing:]], -1)
+def _check_precision(value: Precision | float) -> Precision | float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"Laplace: a precision is one over a variance, and positive, not {value!r}")
+        return float(value)
+    return check_choice("Laplace: precision", value, Precision)

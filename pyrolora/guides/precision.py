@@ -1,4 +1,4 @@
-"""The precision of a Gaussian prior, by maximising the Laplace evidence."""
+"""The precision of a Gaussian prior: by maximising the Laplace evidence, or by validation."""
 
 from __future__ import annotations
 
@@ -56,6 +56,19 @@ def tuned(laws: Mapping[str, Any], values: Mapping[str, Tensor], *, scope: Scope
     chosen = {name: ((low[name] + high[name]) / 2).exp().float() for name in laws}
     _say_bounds(chosen)
     return chosen
+
+
+def best_factor(factors: Tensor, scores: Tensor) -> float:
+    """The factor on λ with the smallest validation NLL; says so where it is the first or the last that was tried."""
+    best = int(scores.argmin())
+    if best in (0, len(factors) - 1):
+        logger.warning(
+            "the validation NLL is smallest at the %s factor on the evidence's prior precision that was tried, %g: the "
+            "optimum may lie beyond it",
+            "smallest" if best == 0 else "largest",
+            float(factors[best]),
+        )
+    return float(factors[best])
 
 
 def _shared(found: Mapping[str, Tensor], scope: Scope) -> dict[str, Tensor]:

