@@ -141,7 +141,10 @@ def make_task(name: str, data: Path | None) -> Task:
         return SequenceClassification(tokenizer, **splits, max_train=300)
     if name == "cola":
         train, test = str(folder / "train.jsonl"), str(folder / "validation_in_domain.jsonl")
-        return SequenceClassification(tokenizer, train=train, test=test, validation_fraction=0.06, max_train=1000)
+        far = {"ood": str(folder / "validation_ood.jsonl")}
+        return SequenceClassification(
+            tokenizer, train=train, test=test, ood=far, validation_fraction=0.06, max_train=1000
+        )
     assert name == "clinc150", f"no task {name}"
     rows = {s: [json.loads(x) for x in (folder / f"{s}.jsonl").open()] for s in ("train", "validation", "test")}
     intents = random.Random(0).sample(sorted({row["label"] for row in rows["train"]}), 20)

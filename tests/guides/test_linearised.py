@@ -6,7 +6,16 @@ import pytest
 import torch
 from pyro.distributions import Normal
 
-from pyrolora.guides.linearised import bridge, covariance_of, gaussian_points, jacobians, probit, slices
+from pyrolora.distributions.diagonal_precision import DiagonalPrecisionNormal
+from pyrolora.guides.linearised import (
+    bridge,
+    covariance_of,
+    gaussian_points,
+    jacobians,
+    negative_log_likelihoods,
+    probit,
+    slices,
+)
 from pyrolora.guides.map import MAP
 from pyrolora.inference.randomness import isolated
 from tests.programs import tiny_program
@@ -85,3 +94,31 @@ def test_covariance_adds_over_sites_and_layers() -> None:
         for layer in own[name]:
             expected += scale**2 * torch.einsum("nkij,nlij->nkl", layer, layer)
     assert torch.allclose(found, expected, rtol=1e-4)
+
+
+def test_mixtures_are_averaged_in_probability() -> None:
+    """Law: the NLL of a candidate is −log of the mean over points of p(y|f), point by point, under its covariance."""
+    program = tiny_program()
+    guide = MAP()
+    guide.bind(program)
+    values = {name: guide.point(latent) + 0.05 for name, latent in guide.latents.items()}
+    sites = [program.sites["lora.query.B"]]
+    assert program.task is not None and program.task.test is not None
+    data = [program.task.collate([program.task.test[i] for i in rows]) for rows in ((0, 1, 2), (3, 4))]
+    laws = [
+        {
+            "lora.query.B": DiagonalPrecisionNormal(
+                values["lora.query.B"].detach(), torch.zeros(sites[0].shape), precision=p
+            )
+        }
+        for p in (1e-2, 1.0)
+    ]
+    found = negative_log_likelihoods(program, values, sites, data, laws, lambda m, c: gaussian_points(m, c, 64))
+    for i, law in enumerate(laws):
+        total = 0.0
+        for batch in data:
+            ((_, mean, jacobian),) = list(jacobians(program, values, sites, batch))
+            points = gaussian_points(mean, covariance_of(law, jacobian), 64)
+            for n, label in enumerate(batch["labels"]):
+                total -= float(points[:, n].softmax(-1)[:, label].mean().log()) / 5
+        assert float(found[i]) == pytest.approx(total, rel=1e-4)
