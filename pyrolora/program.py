@@ -306,9 +306,15 @@ class PyroLoRA(nn.Module):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the duration of the block; afterwards every module is in the mode that it was in."""
+    """Evaluation mode for the duration of the block; afterwards every module is in the mode that it was in.
+
+    bitsandbytes' maps go into training mode instead. It changes nothing in what they compute, but in evaluation mode on
+    a CPU they pack their weights for a kernel that has no backward, for good.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, _ in modes:
+        module.training = type(module).__module__.startswith("bitsandbytes")
     try:
         yield
     finally:

@@ -70,7 +70,14 @@ class Recorder:
     def gradients(self, logits: Tensor, vector: Tensor, *, keep: bool) -> dict[str, Tensor]:
         """``∂(v · f)/∂ output`` of every watched module."""
         paths = list(self.outputs)
-        found = torch.autograd.grad((logits * vector).sum(), [self.outputs[p] for p in paths], retain_graph=keep)
+        outputs = [self.outputs[path] for path in paths]
+        found = torch.autograd.grad((logits * vector).sum(), outputs, retain_graph=keep, allow_unused=True)
+        for path, gradient in zip(paths, found, strict=True):
+            if gradient is None:
+                raise ValueError(
+                    f"no gradient reaches {path}: the output does not depend on it, or a kernel behind it has no "
+                    "backward. Leave it out of `random`, or load the base model without that kernel"
+                )
         return dict(zip(paths, found, strict=True))
 
     def _hook(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:

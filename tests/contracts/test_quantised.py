@@ -1,0 +1,107 @@
+"""Quantised bases: bitsandbytes' 8- and 4-bit weights under gradients, curvature and predictions."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+from pyrolora.guides.curvature import curvature
+from pyrolora.guides.factors import KroneckerFactors
+from pyrolora.guides.laplace import Laplace
+from pyrolora.guides.map import MAP
+from pyrolora.inference.fit import default_arguments, fit
+from pyrolora.inference.randomness import isolated
+from pyrolora.program import PyroLoRA
+from tests.programs import PRIORS, sentence_task
+
+bnb = pytest.importorskip("bitsandbytes")
+
+CONFIGS = {
+    4: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+    8: BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama on disk: quantisation happens while loading."""
+    tokenizer = sentence_task().tokenizer
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=2, **sizes)
+    where = tmp_path_factory.mktemp("llama")
+    with isolated(0):
+        LlamaForSequenceClassification(config).save_pretrained(where)
+    return where
+
+
+def program(base: nn.Module) -> PyroLoRA:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+    with isolated(1):
+        return PyroLoRA(base, config, priors=PRIORS, task=sentence_task())
+
+
+def quantised(folder: Path, bits: int) -> nn.Module:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=CONFIGS[bits])
+
+
+def dequantised(folder: Path) -> nn.Module:
+    """The same weights after 4-bit rounding, in an ordinary model."""
+    plain, packed = AutoModelForSequenceClassification.from_pretrained(folder), quantised(folder, 4)
+    maps = dict(plain.named_modules())
+    with torch.no_grad():
+        for name, module in packed.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                maps[name].weight.copy_(weight)
+    return plain
+
+
+def at_random(chosen: PyroLoRA) -> dict[str, Tensor]:
+    guide = MAP()
+    guide.bind(chosen)
+    with isolated(0), torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return {name: guide.point(latent) for name, latent in guide.latents.items()}
+
+
+def test_curvature_is_that_of_the_rounded_weights(folder: Path) -> None:
+    """Law: factors on a 4-bit base are those on an ordinary model with the same rounded weights, predicted with or not."""
+    found = []
+    for base in (quantised(folder, 4), dequantised(folder)):
+        chosen = program(base)
+        assert chosen.task is not None and chosen.task.train is not None
+        fit(chosen, Laplace(optimise=False)).predict(chosen.task.test, 4)  # type: ignore[arg-type]
+        sites = [site for site in chosen.sites.values() if site.name.startswith("lora")]
+        found.append(curvature(chosen, at_random(chosen), sites, chosen.task.train, structure="dense")[0])
+    for mine, its in zip(found[0].values(), found[1].values(), strict=True):
+        assert isinstance(mine, KroneckerFactors) and isinstance(its, KroneckerFactors)
+        for a, b in ((mine.inputs, its.inputs), (mine.gradients, its.gradients)):
+            assert torch.allclose(a.total, b.total, rtol=1e-3, atol=1e-4 * float(b.total.abs().max()))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_prediction_leaves_gradients_alone(folder: Path, bits: int) -> None:
+    """Law: a fit is the same whether or not the model has predicted before."""
+    arguments = default_arguments()
+    arguments.max_steps = 3
+    means = []
+    for before in (False, True):
+        chosen = program(quantised(folder, bits))
+        assert chosen.task is not None and chosen.task.test is not None
+        if before:
+            fit(chosen, Laplace(optimise=False)).predict(chosen.task.test)
+        means.append(fit(chosen, MAP(), args=arguments).predict(chosen.task.test).log_mean)
+    assert torch.allclose(means[0], means[1], atol=1e-5)
