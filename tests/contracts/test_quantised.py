@@ -78,7 +78,7 @@ def at_random(chosen: PyroLoRA) -> dict[str, Tensor]:
 
 
 def test_curvature_is_that_of_the_rounded_weights(folder: Path) -> None:
-    """Law: factors on a 4-bit base are those on an ordinary model with the same rounded weights, predicted with or not."""
+    """Law: factors on a 4-bit base are those on an ordinary model with the same rounded weights, predicted or not."""
     found = []
     for base in (quantised(folder, 4), dequantised(folder)):
         chosen = program(base)
