@@ -75,7 +75,7 @@ class Inducing(Guide):
         conditional: Conditional | None = None,
         conditional_scale: float = 0.1,
         init_scale: float = 0.1,
-        scale_learning_rate: float = 5.0,
+        scale_learning_rate: float = 7.0,
         depth: int = 1,
         members: int = 5,
     ):

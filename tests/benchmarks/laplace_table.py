@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from sweep import BASE, Configuration, average, fitted, make_task, metrics, prior, rows_of
+from sweep import BASE, LORA, SCALE_OF_B, Configuration, average, fitted, make_task, metrics, prior, rows_of
 
 from pyrolora.diagnostics.temperature import fit_temperature, scale
 from pyrolora.guides.laplace import Laplace
@@ -29,7 +29,6 @@ from pyrolora.inference.randomness import isolated
 from pyrolora.program import PyroLoRA
 from pyrolora.tasks.base import Task
 
-POINTS = {"LoRA": Configuration(head=None), "MAP 0.07": Configuration(b=0.07)}
 SCALES = {f"MAP {b}": Configuration(b=b) for b in (0.05, 0.07, 0.1)}
 LAPLACES: dict[str, dict[str, Any]] = {
     "marglik": {},
@@ -65,14 +64,15 @@ def scores(posterior: Posterior, splits: dict[str, Dataset], draws: int) -> dict
 def rows(task: Task, name: str, seed: int, options: argparse.Namespace) -> Any:
     """All rows of one task and seed: the point estimates, Laplace at each, and the evidence of each prior's scale."""
     splits = {split: rows_of(task, split) for split in ("validation", "test")} | task.ood
-    for label, chosen in {**POINTS, **SCALES}.items():
+    points = {"LoRA": LORA, f"MAP {SCALE_OF_B[name]}": Configuration(b=SCALE_OF_B[name])}
+    for label, chosen in {**points, **(SCALES if options.evidence else {})}.items():
         point, seconds = fitted(task, chosen, seed, keep=options.keep, name=name)
         program = load(task, point, chosen)
-        if label in SCALES:
+        if label in SCALES and options.evidence:
             declared = laplace(program, seed, {"precision": "declared", "random": "*.B"})
             found = {"validation": metrics(average(point.predict(splits["validation"], 0), 0), labels_of(splits))}
             yield {"point": label, "predictive": "evidence", **declared.describe()["all"], **found}
-        if label not in POINTS:
+        if label not in points:
             continue
         yield {"point": label, "predictive": "point", "fit_seconds": seconds, **scores(point, splits, 0)}
         for kind, own in LAPLACES.items():
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*", choices=LAPLACES)
+    parser.add_argument("--evidence", action="store_true", help="also the evidence of each scale of B's prior")
     parser.add_argument("--keep", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("laplace.jsonl"))
     options = parser.parse_args()

@@ -122,6 +122,8 @@ SWEEPS = {
 
 # Twenty classes of ten examples each take longer: after twelve epochs plain LoRA's validation NLL is still 0.82.
 EPOCHS = {"clinc150": 30}
+# Of B's prior, the smallest validation NLL of the inducing guide at seed 0 among 0.05, 0.07 and 0.1.
+SCALE_OF_B = {"commonsense": 0.05, "sst2": 0.07, "cola": 0.07, "clinc150": 0.07}
 MOST_ROWS = {"validation": 400, "test": 1000}
 
 
