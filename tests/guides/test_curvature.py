@@ -166,3 +166,23 @@ def test_a_merged_adapter_is_refused() -> None:
     program.model.merge_adapter()
     with pytest.raises(ValueError, match=r"lora_A.* did not run, so that 'lora\.query\.A' .* unmerge_adapter\(\)"):
         factors_of(program)
+
+
+def test_a_base_in_half_precision() -> None:
+    """Law: on a bf16 base the factors are finite, in float32, and within bf16's error of those in float32."""
+    plain, half = tiny_program(), tiny_program()
+    half.model.bfloat16()
+    for name, factors in factors_of(half, structure="dense").items():
+        for mine, its in zip(dense(factors), dense(factors_of(plain, structure="dense")[name]), strict=True):
+            assert mine.dtype == torch.float32
+            assert (mine - its).norm() < 0.05 * its.norm()
+
+
+def test_any_attention_kernel() -> None:
+    """Law: gradients pass through fused and plain attention alike."""
+    fused, plain = tiny_program(), tiny_program()
+    plain.model.get_base_model().set_attn_implementation("eager")
+    assert fused.model.get_base_model().config._attn_implementation == "sdpa"
+    for (name, mine), its in zip(factors_of(fused).items(), factors_of(plain).values(), strict=True):
+        for a, b in zip(dense(mine), dense(its), strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max())), name
