@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -93,6 +94,10 @@ class DiagonalPrecisionNormal(TorchDistribution):
         scale = self._eigenvalues().rsqrt().expand(self.loc.shape)
         rows = (jacobian * scale.reshape(*self.batch_shape, *between, *self.event_shape)).flatten(-2)
         return rows @ rows.mT
+
+    def covariance_by_precision(self, jacobian: Tensor) -> Callable[[Tensor | float], Tensor]:
+        """`covariance_of` as a function of λ."""
+        return lambda precision: self.with_precision(precision).covariance_of(jacobian)
 
     def with_precision(self, precision: Tensor | float) -> DiagonalPrecisionNormal:
         """The same mean and curvature under another λ."""

@@ -148,18 +148,45 @@ class LowRankKroneckerNormal(TorchDistribution):
         Raises:
             ValueError: A Jacobian of another shape.
         """
+        return self.covariance_by_precision(jacobian)(self.precision)
+
+    def covariance_by_precision(self, jacobian: Tensor) -> Callable[[Tensor | float], Tensor]:
+        """`covariance_of` as a function of λ: what does not depend on it is done once.
+
+        The eigenvalues outside U depend on the small side's direction alone, so that the long side is summed out.
+
+        Args:
+            jacobian: As for `covariance_of`.
+
+        Returns:
+            From λ, ``(*batch,)`` or a number, to ``(*batch, *examples, K, K)``.
+        """
         first, last = len(self.batch_shape), jacobian.dim() - 3
         if last < first or jacobian.shape[:first] != self.batch_shape or jacobian.shape[-2:] != self.event_shape:
             raise ValueError(
                 f"jacobian has shape {tuple(jacobian.shape)}; it needs batch {tuple(self.batch_shape)}, then examples "
                 f"(if any) and outputs, then event {tuple(self.event_shape)}"
             )
-        batch_first, batch_last = list(range(first)), list(range(-2 - first, -2))
-        covariances = []
-        for part in self._scaled(self._orient(jacobian.movedim(batch_first, batch_last)), -0.5):
-            rows = part.flatten(-2).movedim(last - first, -2)
-            covariances.append(rows @ rows.mT)
-        return (covariances[0] + covariances[1]).movedim(batch_last, batch_first)
+        examples = (1,) * (last - first)
+        large = self._orient(jacobian)
+        between = lambda matrix, ones: matrix.reshape(*matrix.shape[:-2], *ones, *matrix.shape[-2:])  # noqa: E731
+        rotated = large @ between(self.small_basis.expand(*self.batch_shape, -1, -1), (*examples, 1))
+        basis = between(self.basis.expand(*self.batch_shape, -1, -1), (*examples, 1))
+        inner = basis.mT @ rotated  # (*batch, *examples, K, k, r)
+        outer = (rotated - basis @ inner) if self._has_complement else torch.zeros_like(rotated)
+        columns = outer.movedim(-1, -3)  # (*batch, *examples, r, K, d)
+        grams = columns @ columns.mT
+        flat = inner.flatten(-2)
+
+        def covariance(precision: Tensor | float) -> Tensor:
+            inside, outside = self.with_precision(precision)._eigenvalues()
+            scale = inside.reciprocal().sqrt().expand(*self.batch_shape, *inside.shape[-2:]).flatten(-2)
+            rows = flat * scale.reshape(*self.batch_shape, *examples, 1, scale.shape[-1])
+            weights = outside.reciprocal().expand(*self.batch_shape, outside.shape[-1])
+            weights = weights.reshape(*self.batch_shape, *examples, outside.shape[-1], 1, 1)
+            return rows @ rows.mT + (grams * weights).sum(-3)
+
+        return covariance
 
     def with_precision(self, precision: Tensor | float) -> LowRankKroneckerNormal:
         """The same mean and curvature under another λ; shares every tensor.

@@ -25,9 +25,11 @@ from pyrolora.guides.linearised import (
     jacobians,
     negative_log_likelihoods,
     probit,
+    say_whether_noise_drowns,
     slices,
 )
 from pyrolora.guides.precision import Scope, best_factor, tuned
+from pyrolora.likelihoods.base import ClassLikelihood
 from pyrolora.program import Batch, Latent, PyroLoRA
 
 logger = logging.getLogger("pyrolora")
@@ -141,6 +143,10 @@ class Laplace(Guide):
         )
         self.set_curvature(found, total)
         self._choose_precision(program)
+        if isinstance(program.likelihood, ClassLikelihood) and self.predictive != "weights":
+            few = data.select(range(min(len(data), 16)))
+            for batch in batches(program, few, len(few), label="check"):
+                say_whether_noise_drowns(*self.linearised(program, batch))
 
     def passes(self, num_draws: int, num_outputs: int) -> int:
         linearised = self.is_fitted and self.predictive != "weights" and num_draws > 0
@@ -295,10 +301,9 @@ class Laplace(Guide):
         found = batches(program, data, self.batch_size, label="validation")
         values, sites = self._values(), self._groups()
         factors = torch.logspace(-3, 3, 25)
-        candidates = [
-            {name: law.with_precision(base[name] * factor) for name, law in laws.items()} for factor in factors.tolist()
-        ]
-        return best_factor(factors, negative_log_likelihoods(program, values, sites, found, candidates, self._points))
+        candidates = [{name: base[name] * factor for name in laws} for factor in factors.tolist()]
+        scores = negative_log_likelihoods(program, values, sites, found, laws, candidates, self._points)
+        return best_factor(factors, scores)
 
     def _allocate(self, latent: Latent) -> None:
         for name, shape in self._parts(latent).items():

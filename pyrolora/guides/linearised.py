@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from pyrolora.adapters.sites import SiteGroup
 from pyrolora.guides.curvature import Recorder
 from pyrolora.guides.factors import weight_gradients
 from pyrolora.program import Batch, PyroLoRA, evaluating
+
+logger = logging.getLogger("pyrolora")
 
 # Bytes that the Jacobian of one batch may take before the batch is halved.
 JACOBIAN_BYTES = 2**30
@@ -88,17 +91,19 @@ def negative_log_likelihoods(
     values: Mapping[str, Tensor],
     sites: Sequence[SiteGroup],
     data: Iterable[Batch],
-    candidates: Sequence[Mapping[str, Any]],
+    laws: Mapping[str, Any],
+    candidates: Sequence[Mapping[str, Tensor]],
     points: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """NLL of the linearised predictive under several posteriors of one mean, in nats an example, in one pass.
+    """NLL of the linearised predictive under several prior precisions, in nats an example, in one pass.
 
     Args:
         program: The Pyro model.
         values: All its latent sites; those of ``sites`` with a gradient.
         sites: The random matrices.
         data: Collated batches.
-        candidates: Posteriors, each by site.
+        laws: The posterior, by site; its own λ does not matter.
+        candidates: Values of λ, each by site.
         points: From mean and covariance to natural parameters, ``(S, b, K)``.
 
     Returns:
@@ -111,8 +116,10 @@ def negative_log_likelihoods(
             part = {name: value[rows] for name, value in batch.items()}
             count += len(mean)
             with torch.no_grad():
-                for i, laws in enumerate(candidates):
-                    drawn = points(mean, covariance_of(laws, jacobian))
+                of = {name: laws[name].covariance_by_precision(own) for name, own in jacobian.items()}
+                for i, candidate in enumerate(candidates):
+                    covariances = [of[name](candidate[name]).sum(0) for name in of]
+                    drawn = points(mean, torch.stack(covariances).sum(0))
                     each = torch.vmap(lambda f, own=part: program.likelihood.log_prob(f, parameters, own))(drawn)
                     total[i] += float((math.log(len(drawn)) - each.double().logsumexp(0)).sum())
     return total / count
@@ -126,6 +133,20 @@ def gaussian_points(mean: Tensor, covariance: Tensor, num_points: int, *, seed: 
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
     return mean + torch.einsum("nkj,sj->snk", root, white)
+
+
+def say_whether_noise_drowns(mean: Tensor, covariance: Tensor) -> None:
+    """Warns where averaging changes the class of more than a tenth of the examples, which are training examples."""
+    averaged = gaussian_points(mean, covariance, 256).softmax(-1).mean(0)
+    changed = float((averaged.argmax(-1) != mean.argmax(-1)).float().mean())
+    if changed > 0.1:
+        logger.warning(
+            "Laplace: averaging over the posterior changes the predicted class of %.0f %% of %d training examples. "
+            "Saturated predictions have no curvature, and the evidence then takes a λ whose noise drowns the logits: "
+            "choose precision='val_nll', or fit under a prior",
+            100 * changed,
+            len(mean),
+        )
 
 
 def probit(mean: Tensor, covariance: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from pyro.distributions import Normal
@@ -14,6 +16,7 @@ from pyrolora.guides.linearised import (
     jacobians,
     negative_log_likelihoods,
     probit,
+    say_whether_noise_drowns,
     slices,
 )
 from pyrolora.guides.map import MAP
@@ -105,20 +108,29 @@ def test_mixtures_are_averaged_in_probability() -> None:
     sites = [program.sites["lora.query.B"]]
     assert program.task is not None and program.task.test is not None
     data = [program.task.collate([program.task.test[i] for i in rows]) for rows in ((0, 1, 2), (3, 4))]
-    laws = [
-        {
-            "lora.query.B": DiagonalPrecisionNormal(
-                values["lora.query.B"].detach(), torch.zeros(sites[0].shape), precision=p
-            )
-        }
-        for p in (1e-2, 1.0)
-    ]
-    found = negative_log_likelihoods(program, values, sites, data, laws, lambda m, c: gaussian_points(m, c, 64))
-    for i, law in enumerate(laws):
+    name = "lora.query.B"
+    law = DiagonalPrecisionNormal(values[name].detach(), torch.zeros(sites[0].shape), precision=1.0)
+    tried = [{name: torch.tensor(p)} for p in (1e-2, 1.0)]
+    found = negative_log_likelihoods(
+        program, values, sites, data, {name: law}, tried, lambda m, c: gaussian_points(m, c, 64)
+    )
+    for i, candidate in enumerate(tried):
         total = 0.0
         for batch in data:
             ((_, mean, jacobian),) = list(jacobians(program, values, sites, batch))
-            points = gaussian_points(mean, covariance_of(law, jacobian), 64)
+            own = {name: law.with_precision(candidate[name])}
+            points = gaussian_points(mean, covariance_of(own, jacobian), 64)
             for n, label in enumerate(batch["labels"]):
                 total -= float(points[:, n].softmax(-1)[:, label].mean().log()) / 5
         assert float(found[i]) == pytest.approx(total, rel=1e-4)
+
+
+def test_noise_that_drowns_the_logits_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Law: a covariance that moves the class of many examples is warned of; one that flattens them is not."""
+    mean = torch.tensor([[2.0, 1.0, -1.0]]).expand(8, 3)
+    with caplog.at_level(logging.WARNING, "pyrolora"):
+        say_whether_noise_drowns(mean, 4 * torch.eye(3).expand(8, 3, 3))
+        assert not caplog.text
+        # Noise along one class's logit alone makes that class the likeliest on average.
+        say_whether_noise_drowns(mean, torch.diag(torch.tensor([0.0, 0.0, 400.0])).expand(8, 3, 3))
+    assert "changes the predicted class of 100 % of 8 training examples" in caplog.text
