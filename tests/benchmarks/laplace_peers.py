@@ -5,17 +5,18 @@ The peers are no dependencies. In an environment that has pyrolora with its test
         backpack-for-pytorch==1.7.1 linear_operator==0.6.1 einops==0.8.2 einconv==0.1.0 unfoldNd==0.2.3 \\
         jaxtyping==0.3.11 opt_einsum==3.4.0 torchmetrics
 Run, in the root of the repository (a peer that is not installed is reported as such):
-    python -m tests.benchmarks.laplace_peers time --base minilm --data FOLDER --out peers.json
+    python -m tests.benchmarks.laplace_peers fit predict --base minilm --data FOLDER --out peers.json
     python -m tests.benchmarks.laplace_peers memory scores --base llama --rows 64 --data FOLDER --out peers.json
     python -m tests.benchmarks.laplace_peers scores --base tiny-bert --classes 4 --data FOLDER
 
 FOLDER holds sst2/ and cola/ as JSON Lines (text, label). All methods get the same adapter, which is trained first, and
-the same batches of 16.
+the same batches of 16. What the file of `--out` has stays: rounds are added, and rows of other `--methods` kept.
 
-time: the curvature of `rows` sentences, in epochs of plain LoRA (forward and backward, no optimiser) over the same
-    batches, and the linearised mean and covariance of 16 sentences, in plain forwards of them. Every round runs all,
-    one after the other in an order of its own, and ratios are taken within the round. On a CPU the time is this
-    process's CPU time on one thread, which other processes do not count into. With `--out`, rounds add to the file's.
+fit: the time of the curvature of `rows` sentences, in epochs of plain LoRA over the same batches (forward and backward,
+    no optimiser). The bound to compare with is (1 + 2K)/3 for the exact Fisher information, 1 for one label.
+predict: the time of the linearised mean and covariance of 16 sentences, in plain forward passes of them.
+    In both, every round runs all, one after the other in an order of its own, and ratios are taken within the round.
+    On a CPU the time is this process's CPU time on one thread, which other processes do not count into.
 memory: what the same two add to a fresh process's resident memory at their peak, in MB.
 scores: against the dense generalised Gauss-Newton matrix at one λ, that matrix's best by the evidence: the relative
     error of the covariance of a test sentence's logits (Frobenius norm, mean over sentences) and the ratio of traces
@@ -47,11 +48,21 @@ from peft import PeftModel
 from torch import Tensor
 
 from pyrolora.diagnostics.calibration import expected_calibration_error, negative_log_likelihood
-from tests.benchmarks.laplace_methods import BASES, METHODS, Batch, Exact, Setup, build, installed
+from tests.benchmarks.laplace_methods import (
+    BASES,
+    METHODS,
+    Batch,
+    Exact,
+    Method,
+    Moments,
+    Setup,
+    build,
+    installed,
+)
 from tests.benchmarks.step_time import clock, interval
 
 PLAIN = "plain LoRA"
-PARTS = ("time", "memory", "scores")
+PARTS = ("fit", "predict", "memory", "scores")
 SENTENCES = 16
 PACKAGES = ("laplace-torch", "bayesian-lora", "curvlinops-for-pytorch", "asdfghjkl", "torch", "transformers")
 
@@ -70,13 +81,13 @@ class PlainLoRA:
             self.model.zero_grad()
 
     @torch.no_grad()
-    def moments(self, batch: Batch) -> Tensor:
+    def moments(self, batch: Batch, *precisions: float | None) -> Moments:
         self.model.eval()
-        return self.model(**batch).logits
+        return self.model(**batch).logits, []
 
 
-def made(method: str, setup: Setup) -> Any:
-    return PlainLoRA(setup) if method == PLAIN else build(method, setup, 1.0)
+def made(method: str, setup: Setup) -> Method:
+    return PlainLoRA(setup) if method == PLAIN else build(method, setup)
 
 
 def sixteen(setup: Setup) -> Batch:
@@ -86,22 +97,23 @@ def sixteen(setup: Setup) -> Batch:
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-def interleave(setup: Setup, methods: list[str], rounds: int, ratios: dict[str, dict[str, list[float]]]) -> None:
-    """Adds to ``ratios[method]`` each round's fit in epochs, and prediction in forwards and milliseconds."""
-    order = random.Random(sum(map(len, next(iter(ratios.values()), {}).values())))
+def interleave(setup: Setup, methods: list[str], part: str, rounds: int, before: Any) -> dict[str, list[float]]:
+    """Each round's times of a fit, or of a prediction, as ratios to plain LoRA's in the same round."""
+    ratios: dict[str, list[float]] = before or {}
+    order = random.Random(sum(map(len, ratios.values())))
     batch = sixteen(setup)
     held = {method: made(method, setup) for method in (PLAIN, *methods)}
+    if part == "predict":
+        for method in held.values():
+            method.fit()
     for _ in range(rounds):
-        fits, predictions = {}, {}
+        times = {}
         for method in order.sample(list(held), len(held)):
-            fits[method] = seconds(held[method].fit)
-            runs = [seconds(partial(held[method].moments, batch)) for _ in range(4)]
-            predictions[method] = statistics.median(runs[1:])
+            run = held[method].fit if part == "fit" else partial(held[method].moments, batch, 1.0)
+            times[method] = quick(run)
         for method in methods:
-            row = ratios.setdefault(method, {"epochs": [], "forwards": [], "milliseconds": []})
-            row["epochs"].append(fits[method] / fits[PLAIN])
-            row["forwards"].append(predictions[method] / predictions[PLAIN])
-            row["milliseconds"].append(1000 * predictions[method])
+            ratios.setdefault(method, []).append(times[method] / times[PLAIN])
+    return ratios
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -109,6 +121,12 @@ def seconds(run: Callable[[], Any]) -> float:
     start = clock()
     run()
     return clock() - start
+
+
+def quick(run: Callable[[], Any]) -> float:
+    """The first time where it is long; else the median of the next three."""
+    first = seconds(run)
+    return first if first > 2 else statistics.median(seconds(run) for _ in range(3))
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -139,7 +157,7 @@ def peak(setup: Setup, method: str, phase: str) -> float:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
-    method_.fit() if phase == "fit" else method_.moments(batch)
+    method_.fit() if phase == "fit" else method_.moments(batch, 1.0)
     after = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
     return (after - before) / 2**20
 
@@ -163,26 +181,25 @@ def scores(setup: Setup, methods: list[str]) -> dict[str, dict[str, float]]:
         covariance = exact.covariance(precision, blocks=blocks)
         rows[name] = against(covariance, exact.covariance(precision)) | calibration(mean, covariance, labels)
     for method in methods:
-        own, covariance = predicted(method, setup, precision)
+        own, (covariance, tuned) = predicted(method, setup, precision)
         logits = float((own - mean).abs().max())
         if logits > 1e-3:
             raise AssertionError(f"{method} sees other logits than the exact computation, by {logits}")
         rows[method] = against(covariance, exact.covariance(precision)) | calibration(own, covariance, labels)
-        tuned = calibration(*predicted(method, setup, None), labels)
-        rows[method] |= {"logits": logits, **{f"own {name}": value for name, value in tuned.items()}}
+        calibrated = calibration(own, tuned, labels)
+        rows[method] |= {"logits": logits, **{f"own {name}": value for name, value in calibrated.items()}}
     return rows
 
 
-def predicted(method: str, setup: Setup, precision: float | None) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the test sentences' logits."""
+def predicted(method: str, setup: Setup, precision: float) -> Moments:
+    """Mean and covariances of the test sentences' logits, at λ and at the package's own."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        chosen = build(method, setup, precision)
+        chosen = build(method, setup)
         chosen.fit()
-        chosen.tune()
-        parts = [chosen.moments(batch) for batch in setup.loader("test")]
+        parts = [chosen.moments(batch, precision, None) for batch in setup.loader("test")]
     means, covariances = zip(*parts, strict=True)
-    return torch.cat(means).detach(), torch.cat(covariances).detach().double()
+    return torch.cat(means).detach(), [torch.cat(c).detach().double() for c in zip(*covariances, strict=True)]
 
 
 def against(covariance: Tensor, truth: Tensor) -> dict[str, float]:
@@ -210,10 +227,12 @@ def calibration(mean: Tensor, covariance: Tensor, labels: Tensor, num_points: in
 def table(results: Mapping[str, Any]) -> str:
     """One base model's results as Markdown tables, one for each part."""
     parts = []
-    if "time" in results:
-        rows = {method: {n: interval(v) for n, v in row.items()} for method, row in results["time"].items()}
-        columns = {"epochs": "fit, epochs", "forwards": "16 sentences, forwards", "milliseconds": "ms"}
-        parts.append(_markdown(rows, columns))
+    times = {"fit": "fit, epochs", "predict": "16 sentences, forwards"}
+    timed = {part: results[part] for part in times if part in results}
+    if timed:
+        names = dict.fromkeys(name for ratios in timed.values() for name in ratios)
+        rows = {n: {part: interval(r[n]) for part, r in timed.items() if n in r} for n in names}
+        parts.append(_markdown(rows, {part: times[part] for part in timed}))
     if "memory" in results:
         parts.append(_markdown(results["memory"], {"fit": "fit, MB", "predict": "16 sentences, MB"}))
     if "scores" in results:
@@ -237,13 +256,13 @@ def _cell(value: Any) -> str:
 
 
 def measure(part: str, setup: Setup, methods: list[str], rounds: int, before: Any) -> Any:
-    if part == "time":
-        ratios = before or {}
-        interleave(setup, methods, rounds, ratios)
-        return ratios
+    if part in ("fit", "predict"):
+        return interleave(setup, methods, part, rounds, before)
     if part == "memory":
-        return {m: {p: peak_in_child(setup, m, p) for p in ("fit", "predict")} for m in (PLAIN, *methods)}
-    return scores(setup, methods)
+        found = {m: {p: peak_in_child(setup, m, p) for p in ("fit", "predict")} for m in (PLAIN, *methods)}
+    else:
+        found = scores(setup, methods)
+    return {**(before or {}), **found}
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
