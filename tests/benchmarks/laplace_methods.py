@@ -143,29 +143,24 @@ class Method(Protocol):
 
 
 class Pyrolora:
-    """`guides.Laplace`; exact Fisher information, or one label drawn for each example."""
+    """`guides.Laplace`; λ by the evidence is its own rule."""
 
-    def __init__(self, setup: Setup, *, exact: bool = True):
+    def __init__(self, setup: Setup, **options: Any):
         self.setup, self.program = setup, setup.program(Normal(1.0))
-        self.guide = Laplace(rank=KFAC_RANK, optimise=False, exact_up_to=32 if exact else 0, batch_size=BATCH)
+        self.guide = Laplace(rank=KFAC_RANK, optimise=False, batch_size=BATCH, precision=1.0, **options)
         self.guide.bind(self.program)
         self.guide.eval()
 
     def fit(self) -> None:
         self.guide.post_fit(self.program, self.setup.task.train)
-        self.own = {name: value.clone() for name, value in self._precisions().items()}
 
     def moments(self, batch: Batch, *precisions: float | None) -> Moments:
         covariances = []
         for precision in precisions:
-            for name, buffer in self._precisions().items():
-                buffer.copy_(self.own[name] if precision is None else torch.tensor(precision))
+            self.guide.tune(self.program, precision=precision or "marglik")
             mean, covariance = self.guide.linearised(self.program, batch)
             covariances.append(covariance)
         return mean, covariances
-
-    def _precisions(self) -> dict[str, Tensor]:
-        return {name: buffer for name, buffer in self.guide.named_buffers() if name.startswith("precision")}
 
 
 class LaplaceTorch:
@@ -260,7 +255,9 @@ class BayesianLoRA:
 
 METHODS: dict[str, Callable[[Setup], Method]] = {
     "pyrolora": Pyrolora,
-    "pyrolora, one label": partial(Pyrolora, exact=False),
+    "pyrolora, one label": partial(Pyrolora, exact_up_to=0),
+    "pyrolora, dense": partial(Pyrolora, structure="dense"),
+    "pyrolora, diagonal": partial(Pyrolora, structure="diagonal"),
     "laplace-torch, Curvlinops": partial(LaplaceTorch, backend="CurvlinopsGGN"),
     "laplace-torch, Curvlinops, one label": partial(LaplaceTorch, backend="CurvlinopsGGN", stochastic=True),
     "laplace-torch, Curvlinops, reduce": partial(LaplaceTorch, backend="CurvlinopsGGN", kfac_approx="reduce"),
