@@ -113,7 +113,7 @@ def curvature(
     """Factors of ``F = Σ_n J_nᵀ Λ_n J_n`` at given weights, Λ the Fisher information of the natural parameters.
 
     One forward pass and, for each vector of `Likelihood.fisher_factors`, one backward pass to the watched modules'
-    outputs: K for K classes up to ``exact_up_to``, one above. The model is in evaluation mode.
+    outputs: K − 1 for K classes up to ``exact_up_to``, one above. The model is in evaluation mode.
 
     Args:
         program: The Pyro model.

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from pyrolora.adapters.sites import SiteGroup
 
-Tokens = Literal["reduce", "expand", "last"]
+Tokens = Literal["reduce", "expand", "last", "whole"]
 Structure = Literal["low_rank", "dense", "diagonal"]
 
 
 @dataclass
 class Reduction:
-    """How the tokens of an example enter its factors, ``reduce``, ``expand`` or ``last``; padding never does.
+    """How the tokens of an example enter its factors; padding never does.
 
-    ``reduce``: the mean input and the summed gradient of an example. Its exact gradient is ``Σ_t g_t a_tᵀ``, which this
-    keeps together; ``expand`` takes every token for an example of its own, and ``last`` the last one alone.
+    An example's exact gradient is ``Σ_t g_t a_tᵀ``. ``reduce`` takes the mean input and the summed gradient for it,
+    ``expand`` every token for an example of its own, ``last`` the last one alone; ``whole`` keeps it as it is, see
+    `KroneckerFactors`.
     """
 
     kind: Tokens
@@ -119,12 +120,15 @@ class Sketch:
 
 
 class KroneckerFactors:
-    """Sums for ``F ≈ S̄ ⊗ Ā`` of one site: a Gram matrix of its inputs and one of its outputs' gradients.
+    """Sums for ``F ≈ S̄ ⊗ Ā`` of one site: a Gram matrix of its input side and one of its output side.
+
+    Whole gradients of weights, ``W_n = Σ_t g_t a_tᵀ``, give ``F ≈ Σ W_n W_nᵀ ⊗ Σ W_nᵀ W_n / tr F``, whose trace and
+    partial traces are exact. Source: Gupta et al. 2018 (Shampoo); Morwani et al. 2024 (close to the best such product).
 
     Attributes:
-        inputs: ``Σ_n ā_n ā_nᵀ``.
-        gradients: ``Σ_n G_n G_nᵀ``.
-        weight: What the inputs' sum is divided by: examples, or tokens in expanded form.
+        inputs: ``Σ_n ā_n ā_nᵀ``, or ``Σ W_nᵀ W_n``.
+        gradients: ``Σ_n G_n G_nᵀ``, or ``Σ W_n W_nᵀ``.
+        weight: What the inputs' sum is divided by: examples, tokens in expanded form, or ``tr F``, ``(layers,)``.
     """
 
     def __init__(self, site: SiteGroup, structure: Structure, *, rank: int, device: torch.device):
@@ -137,15 +141,24 @@ class KroneckerFactors:
         self.large_input = large_is_input(site)
         self.inputs = side(inputs, self.large_input)
         self.gradients = side(outputs, not self.large_input)
-        self.weight = 0.0
+        self.weight: float | Tensor = 0.0
 
     def add_inputs(self, values: Sequence[Tensor], reduction: Reduction) -> None:
         """What the modules of a site were given for a batch."""
+        if reduction.kind == "whole":  # counts with the gradients
+            return
         self.weight += reduction.weight(values[0])
         self.inputs.add(torch.stack([reduction.inputs(value) for value in values]))
 
     def add_gradients(self, values: Sequence[Tensor], inputs: Sequence[Tensor], reduction: Reduction) -> None:
-        """One vector's gradients at the modules' outputs."""
+        """One vector's gradients at the modules' outputs, with the modules' inputs."""
+        if reduction.kind == "whole":
+            pairs = zip(values, inputs, strict=True)
+            whole = torch.stack([weight_gradients(g, a, reduction.size) for g, a in pairs])
+            self.inputs.add(whole.flatten(1, 2))
+            self.gradients.add(whole.mT.flatten(1, 2))
+            self.weight = self.weight + whole.square().sum((1, 2, 3))
+            return
         self.gradients.add(torch.stack([reduction.gradients(value) for value in values]))
 
     def merge(self, other: KroneckerFactors) -> KroneckerFactors:
@@ -158,18 +171,17 @@ class KroneckerFactors:
 
     def parts(self) -> dict[str, Tensor]:
         """What `LowRankKroneckerNormal` is made from."""
-        # Ā is the mean over examples, S̄ the sum: the division goes where the input side is.
-        share = 1.0 / max(self.weight, 1.0)
-        sides = (self.inputs, share), (self.gradients, 1.0)
-        (large, of_large), (small, of_small) = sides if self.large_input else sides[::-1]
+        (large, small) = (self.inputs, self.gradients) if self.large_input else (self.gradients, self.inputs)
         basis, values, left = large.eigen()
         small_basis, small_values, _ = small.eigen()
+        # Of the product alone the scale matters, so that the division may go to the small side.
+        weight = torch.as_tensor(self.weight, device=values.device).clamp(min=torch.finfo(values.dtype).tiny)
         return {
             "basis": basis,
-            "values": values * of_large,
-            "remainder": left * of_large,
+            "values": values,
+            "remainder": left,
             "small_basis": small_basis,
-            "small_values": small_values * of_small,
+            "small_values": small_values / weight.unsqueeze(-1),
         }
 
 

@@ -135,14 +135,23 @@ class ClassLikelihood(Likelihood):
     def fisher_factors(
         self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch, *, exact_up_to: int = 32
     ) -> Iterator[Tensor]:
-        """``√p_c (e_c − p)`` for each class c: their outer products sum to ``diag p − p pᵀ``; or one draw."""
+        """K − 1 vectors whose outer products sum to ``diag p − p pᵀ``, which has no more than that rank; or one draw.
+
+        ``√(p_c s_c / (p_c + s_c)) (e_c − Σ_{i>c} (p_i / s_c) e_i)``, ``s_c = Σ_{i>c} p_i``: each class against the mean
+        of those after it. Source: Tanabe & Sagae 1992 (Cholesky factor of a multinomial's covariance).
+        """
         if logits.shape[-1] > exact_up_to:
             yield from super().fisher_factors(logits, parameters, batch, exact_up_to=exact_up_to)
             return
         p = logits.detach().softmax(-1)
-        eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
-        for c in range(p.shape[-1]):
-            yield p[:, c : c + 1].sqrt() * (eye[c] - p)
+        # A sum over what follows, not 1 minus what came before: small probabilities keep their digits.
+        sums = p.flip(-1).cumsum(-1).flip(-1).clamp(min=torch.finfo(p.dtype).tiny)
+        for c in range(p.shape[-1] - 1):
+            later = sums[:, c + 1 : c + 2]
+            vector = -p / later
+            vector[:, :c] = 0
+            vector[:, c] = 1
+            yield (p[:, c : c + 1] * later / sums[:, c : c + 1]).sqrt() * vector
 
     def check_logits(self, logits: Tensor) -> None:
         """Warn where the rows are probabilities already: a second softmax would flatten every prediction.

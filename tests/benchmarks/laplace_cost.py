@@ -4,9 +4,10 @@ Run: python tests/benchmarks/laplace_cost.py --rounds 3 --out cost.json
      python tests/benchmarks/laplace_cost.py --memory
 
 An epoch is a forward and a backward pass of plain PEFT LoRA over the same rows, a prediction its forward pass alone;
-all are interleaved, and timed by this process's CPU time on one thread (on a GPU by the wall clock). With the exact
-Fisher information a fit cannot be faster than (1 + 2K)/3 epochs if a backward pass takes twice a forward pass, or
-(1 + K)/2 if it takes as long. Memory is the peak of a fresh process.
+all are interleaved, and timed by this process's CPU time on one thread (on a GPU by the wall clock). With a backward
+pass for each class a fit cannot be faster than (1 + 2K)/3 epochs if a backward pass takes twice a forward pass, or
+(1 + K)/2 if it takes as long; the exact Fisher information of K classes has rank K − 1 and needs one pass fewer.
+Memory is the peak of a fresh process.
 """
 
 from __future__ import annotations

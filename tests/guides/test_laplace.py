@@ -326,7 +326,7 @@ def test_draws_of_weights_come_with_a_warning(caplog: pytest.LogCaptureFixture) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": "all"}, "tokens is one of reduce, expand, last, not 'all'"),
+        ({"tokens": "all"}, "tokens is one of reduce, expand, last, whole, not 'all'"),
         ({"rank": 0}, "at least 1"),
         ({"structure": "full"}, "structure is one of low_rank, dense, diagonal"),
         ({"precision": -1.0}, "positive, not -1.0"),

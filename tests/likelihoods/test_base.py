@@ -95,6 +95,19 @@ def test_fisher_factors_of_classes_are_exact():
     torch.testing.assert_close(fisher(Categorical(4), logits, batch), -hessian)
 
 
+@pytest.mark.parametrize("num_classes", [2, 3, 7])
+def test_fisher_factors_of_classes_are_as_few_as_the_rank(num_classes):
+    """Law: K − 1 vectors, finite and exact also where a probability is almost or exactly 0."""
+    logits = torch.randn(5, num_classes, generator=torch.Generator().manual_seed(0))
+    logits[1, 0], logits[2, -1], logits[3, 0] = 30.0, 30.0, 500.0
+    parts = list(Categorical(num_classes).fisher_factors(logits, {}, {}))
+    p = logits.double().softmax(-1)
+    expected = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    found = sum(torch.einsum("ni,nj->nij", v.double(), v.double()) for v in parts)
+    assert len(parts) == num_classes - 1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-12)
+
+
 def test_fisher_factors_by_monte_carlo_are_unbiased():
     """Law: above the limit one score at a drawn label, whose outer product has the exact Fisher information as mean."""
     logits = torch.tensor([[0.5, -0.5, 1.0]]).expand(30_000, 3)
