@@ -1,6 +1,7 @@
 """Diagnostics: calibration, uncertainty and its uses, temperature scaling, comparison under one evaluator."""
 
-from pyrolora.diagnostics.calibration import Estimate, ReliabilityCurve, evaluate, reliability_curve
+from pyrolora.diagnostics.bootstrap import Estimate
+from pyrolora.diagnostics.calibration import ReliabilityCurve, evaluate, reliability_curve
 from pyrolora.diagnostics.compare import Comparison, Evaluation, compare, evaluate_posterior
 from pyrolora.diagnostics.ood import evaluate_ood, separation
 from pyrolora.diagnostics.selective import RiskCoverageCurve, evaluate_selective, risk_coverage_curve
