@@ -320,7 +320,9 @@ def evaluate(
     the estimate has already, and a percentile interval sits above the truth: simulated with 300 and 1000 examples it
     covered the true ECE in 70 to 93 % of cases for miscalibrated predictors and never for a perfect one. They get the
     basic interval [2v − q.975, 2v − q.025], cut at 0, which covered it in 88 to 94 % and in about 70 %. It corrects
-    for the bias that binning brings and may therefore lie partly or wholly below `value`.
+    for the bias that binning brings and may therefore lie partly or wholly below `value`. The class-wise error averages
+    the noise of its classes away and keeps their bias: covered in 87 to 94 % of cases for miscalibrated predictors, in
+    about half of them or fewer for a perfect one, whose interval lies above the truth.
 
     Shapes: (n, K), (n,) → one `Estimate` per metric. The same seed gives the same resamples for the same n.
 
