@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn
 from datasets import Dataset
 from jsonargparse import ArgumentParser
 
-from pyrolora.diagnostics.compare import evaluate_posterior, fit_scaling
+from pyrolora.diagnostics.evaluation import evaluate_posterior, fit_scaling
 from pyrolora.diagnostics.experiment import check_methods, run, save, table
 from pyrolora.inference.archive import read_meta, write_json
 from pyrolora.inference.fit import fit as fit_program

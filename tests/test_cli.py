@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from pyrolora.cli import COMMANDS, build_parser, main
-from pyrolora.diagnostics.compare import evaluate_posterior, fit_scaling
+from pyrolora.diagnostics.evaluation import evaluate_posterior, fit_scaling
 from pyrolora.inference.posterior import Posterior
 from pyrolora.recipe import Recipe
 from tests.recipes import write_recipe, write_rows

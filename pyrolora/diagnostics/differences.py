@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
@@ -102,3 +103,62 @@ def _interval(value: float, samples: FloatArray, groups: Sequence[FloatArray]) -
     half = float(student.ppf(TAILS[1], total**2 / doubt if doubt > 0 else np.inf)) * math.sqrt(total)
     centre = 2 * value - float(samples.mean())
     return centre - half, centre + half
+
+
+Resamples = Mapping[bool, Mapping[str, Resampled]]
+"""Of one fit: whether its predictive is temperature-scaled → metric → values on the common resamples."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One predictive against one of the baseline, metric by metric: method minus baseline.
+
+    Attributes:
+        method, baseline: Names.
+        scaled, baseline_scaled: Whether each is temperature-scaled.
+        metrics: Metric → difference.
+    """
+
+    method: str
+    scaled: bool
+    baseline: str
+    baseline_scaled: bool
+    metrics: dict[str, Difference]
+
+    def to_dict(self) -> dict[str, Any]:
+        """By name, ready for strict JSON."""
+        return {**vars(self), "metrics": {name: found.to_dict() for name, found in self.metrics.items()}}
+
+
+def contrasts(fits: Mapping[str, Mapping[int, Resamples]], *, baseline: str) -> list[Contrast]:
+    """Every method against the baseline: both as fitted, then against the scaled baseline as fitted and scaled.
+
+    A baseline that is scaled costs a validation split and one number, so a posterior is worth its price where it beats
+    that. The baseline itself appears once, scaled against as fitted.
+
+    Args:
+        fits: Method → seed → resampled metrics; predictives that some seed of a method lacks are left out.
+        baseline: One of the methods; without it there are no contrasts.
+    """
+    found = []
+    for method in fits:
+        pairs = [(True, False)] if method == baseline else [(False, False), (False, True), (True, True)]
+        for scaled, other in pairs if baseline in fits else []:
+            ours, theirs = fits[method], fits[baseline]
+            if all(scaled in fit for fit in ours.values()) and all(other in fit for fit in theirs.values()):
+                metrics = _by_metric(ours, theirs, scaled=scaled, other=other)
+                found.append(Contrast(method, scaled, baseline, other, metrics))
+    return found
+
+
+def _by_metric(
+    ours: Mapping[int, Resamples], theirs: Mapping[int, Resamples], *, scaled: bool, other: bool
+) -> dict[str, Difference]:
+    names = next(iter(ours.values()))[scaled]
+    return {
+        name: difference(
+            {seed: fit[scaled][name] for seed, fit in ours.items()},
+            {seed: fit[other][name] for seed, fit in theirs.items()},
+        )
+        for name in names
+    }

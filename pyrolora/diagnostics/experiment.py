@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from pyrolora.diagnostics.compare import MAIN, evaluate_posterior, fit_scaling
+from pyrolora.diagnostics.evaluation import MAIN, evaluate_posterior, fit_scaling
 from pyrolora.guides.map import MAP
 from pyrolora.inference.archive import write_json
 from pyrolora.inference.fit import fit

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pyrolora.diagnostics import experiment
-from pyrolora.diagnostics.compare import MAIN, evaluate_posterior, fit_scaling
+from pyrolora.diagnostics.evaluation import MAIN, evaluate_posterior, fit_scaling
 from pyrolora.diagnostics.experiment import check_methods, run, table
 from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
