@@ -11,7 +11,6 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -24,6 +23,7 @@ from pyrolora.inference.archive import read_meta, write_json
 from pyrolora.inference.fit import fit as fit_program
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.trainer import NonFiniteError, last_checkpoint
+from pyrolora.options import build_parser as parser_of
 from pyrolora.recipe import Recipe, RecipeError, classes
 from pyrolora.report.html import write_picture, write_report
 from pyrolora.tasks.base import Task
@@ -249,6 +249,11 @@ def report(folder: Path) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     f.__name__: f for f in (sites, fit, evaluate, compare, predict, export, report)
 }
+# Spelt as flags usually are: several names after one --guides, nothing after --resume.
+FLAGS: dict[str, dict[str, dict[str, Any]]] = {
+    "compare": {"--guides": {"nargs": "+", "required": True, "metavar": "GUIDE"}},
+    "fit": {"--resume": {"action": "store_true"}},
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -268,38 +273,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """The parser: one command for each function, its signature the options, its docstring the help."""
-    options: dict[str, Any] = {"formatter_class": _Help, "exit_on_error": False, "print_config": None}
-    parser = ArgumentParser(prog="pyrolora", description=DESCRIPTION, version=version("pyrolora"), **options)
-    commands = parser.add_subcommands(title="commands", metavar="COMMAND", description=argparse.SUPPRESS)
-    for name, function in COMMANDS.items():
-        text = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0]
-        command = ArgumentParser(description=text, **options)
-        # These two are spelt as flags usually are: several names after one --guides, nothing after --resume.
-        command.add_function_arguments(function, as_group=False, as_positional=True, skip={"guides", "resume"})
-        if name == "compare":
-            command.add_argument("--guides", nargs="+", required=True, metavar="GUIDE", help=_help(function, "guides"))
-        if name == "fit":
-            command.add_argument("--resume", action="store_true", help=_help(function, "resume"))
-        if name in ("fit", "compare"):
-            command.epilog = "guides, with their options:\n" + "\n".join(_guides())
-        commands.add_subcommand(name, command, help=text.partition("\n")[0])
-        command.prog = f"pyrolora {name}"
-    return parser
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help that keeps the lines of examples, and names defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        silent = action.default is None or action.default is False or action.default == argparse.SUPPRESS
-        return text if silent or not action.option_strings else f"{text} (default: %(default)s)"
-
-
-def _help(function: Callable[..., None], name: str) -> str:
-    lines = inspect.cleandoc(function.__doc__ or "").splitlines()
-    return next(line.partition(": ")[2] for line in lines if line.strip().startswith(f"{name}: "))
+    """The parser of all commands."""
+    guides = "guides, with their options:\n" + "\n".join(_guides())
+    epilogs = {name: guides for name in ("fit", "compare")}
+    return parser_of(COMMANDS, description=DESCRIPTION, flags=FLAGS, epilogs=epilogs)
 
 
 def _guides() -> list[str]:
