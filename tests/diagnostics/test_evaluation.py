@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -186,6 +187,18 @@ def test_laplace_is_not_taken_for_draws(laplace: Posterior) -> None:
     labels = np.array(TASK.test["labels"])
     assert found.averaging["mean_weights"] == pytest.approx(nll(laplace.predict(TASK.test, 0).log_mean.numpy(), labels))
     assert untrained(MeanField()).predict(TASK.test, 2).joint and not laplace.predict(TASK.test).joint
+
+
+def test_joint_draws_of_laplace_are_draws(laplace: Posterior) -> None:
+    """Law: with its linearised draws of the weights, and with mean weights, Laplace is evaluated like any other."""
+    assert laplace.predict(TASK.test, 0).joint
+    posterior = copy.copy(laplace)
+    posterior.guide = copy.deepcopy(laplace.guide)
+    posterior.guide.predictive = "joint"
+    found = evaluate_posterior(posterior, TASK.test, num_draws=4)
+    assert (found.num_draws, found.joint_draws) == (4, True)
+    assert found.averaging["by_draws"]["sizes"] == [1, 4]
+    assert found.uncertainty["mutual_information"]["monte_carlo_error"] is not None
 
 
 def test_it_says_what_it_found(field: Posterior) -> None:
