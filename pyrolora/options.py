@@ -34,7 +34,7 @@ def build_parser(
         text = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0]
         command = ArgumentParser(description=text, **common)
         own = flags.get(name, {})
-        skip = {flag.lstrip("-") for flag in own}
+        skip: set[str | int] = {flag.lstrip("-") for flag in own}
         command.add_function_arguments(function, as_group=False, as_positional=True, skip=skip)
         for flag, spelling in own.items():
             command.add_argument(flag, **spelling, help=_help(function, flag.lstrip("-")))
