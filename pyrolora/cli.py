@@ -11,19 +11,21 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from datasets import Dataset
 from jsonargparse import ArgumentParser
 
-from pyrolora.diagnostics.compare import evaluate_posterior, fit_scaling
-from pyrolora.diagnostics.experiment import check_methods, run, save, table
-from pyrolora.inference.archive import read_meta, write_json
+from pyrolora.diagnostics.cells import load, save
+from pyrolora.diagnostics.evaluation import evaluate_posterior, fit_scaling
+from pyrolora.diagnostics.experiment import run
+from pyrolora.diagnostics.results import table
+from pyrolora.inference.archive import write_json
 from pyrolora.inference.fit import fit as fit_program
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.trainer import NonFiniteError, last_checkpoint
+from pyrolora.options import build_parser as parser_of
 from pyrolora.recipe import Recipe, RecipeError, classes
 from pyrolora.report.html import write_picture, write_report
 from pyrolora.tasks.base import Task
@@ -116,6 +118,7 @@ def evaluate(
     """Scores a saved posterior on a split, with and without temperature scaling.
 
     The temperature is fitted on the validation split, never on the one scored.
+    The test split is also told from every out-of-distribution split.
 
     Examples:
       pyrolora evaluate runs/mf
@@ -137,7 +140,8 @@ def evaluate(
     scaling = None
     if split != "validation" and isinstance(task.validation, Dataset):
         scaling = fit_scaling(posterior, task.validation, num_draws=draws, seed=seed)
-    result = evaluate_posterior(posterior, data, scaling=scaling, num_draws=draws, seed=seed)
+    ood = task.ood if split == "test" else {}
+    result = evaluate_posterior(posterior, data, scaling=scaling, ood=ood, num_draws=draws, seed=seed)
     if format == "json":
         plain = json.dumps({"split": split, **result.to_dict()})
         print(json.dumps(json.loads(plain, parse_constant=lambda _: None), indent=2))  # JSON has no NaN
@@ -146,28 +150,51 @@ def evaluate(
 
 
 def compare(
-    recipe: Path, *, guides: list[str], seeds: int = 3, output: Path = Path("runs/compare"), draws: int = 16
+    recipes: list[Path],
+    *,
+    guides: list[str],
+    posteriors: list[Path],
+    seeds: int = 3,
+    baseline: str | None = None,
+    output: Path = Path("runs/compare"),
+    draws: int = 16,
+    processes: int = 1,
 ) -> None:
-    """Fits several guides with several seeds: results.json and report.html.
+    """Fits several guides with several seeds and reports what really differs.
 
-    Plain LoRA (no priors, the mode) is always among them, as the baseline.
-    Finished fits are not repeated: call again after an interruption, or with
-    more guides or seeds.
+    Writes results.json, results.parquet and report.html. Plain LoRA (no
+    priors, the mode) is always among the methods of a recipe. Finished fits
+    are not repeated: call again after an interruption, or with more of
+    anything. Methods are compared on the same data: recipes and saved
+    posteriors must have the same test split.
 
-    Example:
+    Examples:
       pyrolora compare models/minilm-commonsense.yaml --guides MAP MeanField
+      pyrolora compare a.yaml b.yaml --guides MAP --seeds 5 --processes 2
+      pyrolora compare --posteriors runs/map runs/mf --output runs/two
 
     Args:
-        recipe: A YAML file.
-        guides: Guides to compare; see the list below.
+        recipes: YAML files; none to compare saved posteriors only.
+        guides: Guides to fit under each recipe; see the list below.
+        posteriors: Folders that `pyrolora fit` wrote, to be evaluated with the rest.
         seeds: Number of seeds: 0, 1, ...
+        baseline: Name of the method that the others are compared with; without it, the first.
         output: Folder for results, report and posteriors.
         draws: Number of draws at test.
+        processes: How many fits run at once, each on its share of the cores.
     """
-    check_methods(guides)
     if seeds < 1:
         raise RecipeError(f"--seeds is at least 1, not {seeds}")
-    results = run(Recipe.read(recipe), guides, seeds=range(seeds), output=output, num_draws=draws)
+    results = run(
+        [Recipe.read(recipe) for recipe in recipes],
+        guides,
+        seeds=range(seeds),
+        output=output,
+        posteriors=posteriors,
+        num_draws=draws,
+        baseline=baseline,
+        processes=processes,
+    )
     page = write_report(results, output / "report.html")
     write_picture(results, output / "reliability.png")
     print(table(results))
@@ -224,7 +251,7 @@ def export(folder: Path, *, draws: int = 0, seed: int = 0, output: Path | None =
         print(posterior.export_peft(output / f"draw-{i}", draw=i, seed=seed))
 
 
-def report(folder: Path) -> None:
+def report(folders: list[Path]) -> None:
     """Writes report.html again from a comparison's results.json.
 
     Works on an interrupted comparison too.
@@ -233,21 +260,32 @@ def report(folder: Path) -> None:
       pyrolora report runs/compare
 
     Args:
-        folder: What `pyrolora compare` wrote.
+        folders: What `pyrolora compare` wrote; each gets its report.
     """
-    path = folder / "results.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a folder that pyrolora compare wrote")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"{path} is damaged: {error}") from error
-    print(write_report(results, folder / "report.html"))
-    print(write_picture(results, folder / "reliability.png"))
+    for folder in folders:
+        path = folder / "results.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: give a folder that pyrolora compare wrote")
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecipeError(f"{path} is damaged: {error}") from error
+        print(write_report(results, folder / "report.html"))
+        print(write_picture(results, folder / "reliability.png"))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
     f.__name__: f for f in (sites, fit, evaluate, compare, predict, export, report)
+}
+# Spelt as flags usually are: several names after one --guides, nothing after --resume.
+FLAGS: dict[str, dict[str, dict[str, Any]]] = {
+    "compare": {
+        "recipes": {"nargs": "*", "type": Path, "default": [], "metavar": "RECIPE"},
+        "--guides": {"nargs": "+", "default": [], "metavar": "GUIDE"},
+        "--posteriors": {"nargs": "+", "type": Path, "default": [], "metavar": "FOLDER"},
+    },
+    "report": {"folders": {"nargs": "+", "type": Path, "metavar": "FOLDER"}},
+    "fit": {"--resume": {"action": "store_true"}},
 }
 
 
@@ -268,38 +306,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """The parser: one command for each function, its signature the options, its docstring the help."""
-    options: dict[str, Any] = {"formatter_class": _Help, "exit_on_error": False, "print_config": None}
-    parser = ArgumentParser(prog="pyrolora", description=DESCRIPTION, version=version("pyrolora"), **options)
-    commands = parser.add_subcommands(title="commands", metavar="COMMAND", description=argparse.SUPPRESS)
-    for name, function in COMMANDS.items():
-        text = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0]
-        command = ArgumentParser(description=text, **options)
-        # These two are spelt as flags usually are: several names after one --guides, nothing after --resume.
-        command.add_function_arguments(function, as_group=False, as_positional=True, skip={"guides", "resume"})
-        if name == "compare":
-            command.add_argument("--guides", nargs="+", required=True, metavar="GUIDE", help=_help(function, "guides"))
-        if name == "fit":
-            command.add_argument("--resume", action="store_true", help=_help(function, "resume"))
-        if name in ("fit", "compare"):
-            command.epilog = "guides, with their options:\n" + "\n".join(_guides())
-        commands.add_subcommand(name, command, help=text.partition("\n")[0])
-        command.prog = f"pyrolora {name}"
-    return parser
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help that keeps the lines of examples, and names defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        silent = action.default is None or action.default is False or action.default == argparse.SUPPRESS
-        return text if silent or not action.option_strings else f"{text} (default: %(default)s)"
-
-
-def _help(function: Callable[..., None], name: str) -> str:
-    lines = inspect.cleandoc(function.__doc__ or "").splitlines()
-    return next(line.partition(": ")[2] for line in lines if line.strip().startswith(f"{name}: "))
+    """The parser of all commands."""
+    guides = "guides, with their options:\n" + "\n".join(_guides())
+    epilogs = {name: guides for name in ("fit", "compare")}
+    return parser_of(COMMANDS, description=DESCRIPTION, flags=FLAGS, epilogs=epilogs)
 
 
 def _guides() -> list[str]:
@@ -363,9 +373,8 @@ def _load(folder: Path) -> tuple[Posterior, Task]:
     if not (folder / "recipe.yaml").is_file():
         raise RecipeError(f"{folder}: no recipe.yaml there; give a folder that pyrolora fit wrote")
     recipe = Recipe.read(folder / "recipe.yaml")
-    seed = read_meta(folder)["seed"]
     task = recipe.build_task()
-    return Posterior.from_pretrained(folder, recipe.load_base(task, seed=seed), task=task), task
+    return load(folder, recipe, task), task
 
 
 if __name__ == "__main__":

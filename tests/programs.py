@@ -17,6 +17,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 
+from pyrolora.guides.base import Guide
+from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.randomness import isolated
 from pyrolora.likelihoods.normal import Normal as NormalLikelihood
 from pyrolora.priors.base import Prior
@@ -86,6 +88,22 @@ def tiny_program(
     model = tiny_bert(seed=seed, dropout=dropout)
     with isolated(seed):
         return PyroLoRA(model, lora(), priors=priors or PRIORS, task=sentence_task(size))
+
+
+def untrained(guide: Guide) -> Posterior:
+    """A posterior without training: as bound, with some weights moved off zero so that draws differ."""
+    program = tiny_program()
+    guide.bind(program)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return Posterior(program, guide)
+
+
+def relabelled(data: datasets.Dataset, label: int) -> datasets.Dataset:
+    """A tokenised split in which every row has the same label."""
+    return data.remove_columns("labels").add_column("labels", [label] * len(data))
 
 
 class LinearModel(nn.Module):

@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from pyrolora.cli import COMMANDS, build_parser, main
-from pyrolora.diagnostics.compare import evaluate_posterior, fit_scaling
+from pyrolora.diagnostics.evaluation import evaluate_posterior, fit_scaling
 from pyrolora.inference.posterior import Posterior
 from pyrolora.recipe import Recipe
 from tests.recipes import write_recipe, write_rows
@@ -135,7 +135,7 @@ def test_evaluate(fitted: Path, capsys: Captured) -> None:
     posterior = Posterior.from_pretrained(fitted, read.load_base(task, seed=3), task=task)
     assert task.validation is not None and task.test is not None
     tau = fit_scaling(posterior, task.validation, num_draws=4)
-    expected = evaluate_posterior(posterior, task.test, scaling=tau, num_draws=4).to_dict()
+    expected = evaluate_posterior(posterior, task.test, scaling=tau, ood=task.ood, num_draws=4).to_dict()
     assert found.pop("split") == "test"
     for left in (found, expected):
         del left["predict_seconds"]
@@ -235,11 +235,17 @@ def test_compare_and_report(recipe: Path, tmp_path: Path, capsys: Captured) -> N
     assert {cell["method"] for cell in results["cells"]} == {"LoRA", "MAP", "MeanField"}
     for cell in results["cells"]:
         assert f"{cell['metrics']['nll']['value']:.3f} → {cell['scaled_metrics']['nll']['value']:.3f}" in out
+    assert "MeanField − LoRA, scaled: accuracy" in out
     page = (tmp_path / "report.html").read_text()
     assert "MeanField" in page
     (tmp_path / "report.html").unlink()
-    main(["report", str(tmp_path)])
+    posteriors = [str(tmp_path / "MAP-seed0"), str(tmp_path / "MeanField-seed0")]
+    two = tmp_path / "two"
+    main(["compare", "--posteriors", *posteriors, "--baseline", "MeanField-seed0", "--output", str(two)])
+    assert "MAP-seed0 − MeanField-seed0: accuracy" in capsys.readouterr().out
+    main(["report", str(tmp_path), str(two)])
     assert (tmp_path / "report.html").read_text() == page
+    assert "MAP-seed0" in (two / "report.html").read_text()
     main(["evaluate", str(tmp_path / "LoRA-seed0")])
     assert "1 draw(s)" in capsys.readouterr().out
 
@@ -252,7 +258,7 @@ def test_compare_and_report(recipe: Path, tmp_path: Path, capsys: Captured) -> N
     [
         ("fitt RECIPE", "invalid choice: 'fitt' (choose from 'sites', 'fit'"),
         ("fit", "required: fit.recipe"),
-        ("compare RECIPE", "required: compare.guides"),
+        ("compare RECIPE --guides", "--guides: expected at least one argument"),
         ("fit RECIPE --sed 1", "unrecognized arguments: --sed"),
         ("fit RECIPE --seed one", '"seed"'),
         ("fit RECIPE --resume yes", "unrecognized arguments: yes"),
@@ -280,6 +286,11 @@ def test_wrong_arguments(recipe: Path, capsys: Captured, arguments: str, message
         ("fit RECIPE --training.weight_decay 0.1", "weight_decay=0.1 is a Normal prior in disguise"),
         ("fit RECIPE --temperature -1", "temperature is a number ≥ 0, not -1"),
         ("sites none.yaml", "none.yaml does not exist"),
+        ("compare RECIPE", "name guides to compare it with (--guides)"),
+        ("compare", "there is nothing to compare: give recipes, or posteriors"),
+        ("compare --posteriors none", "none: no recipe.yaml there; give a folder that pyrolora fit wrote"),
+        ("compare RECIPE --guides MAP --processes 0", "--processes is at least 1, not 0"),
+        ("compare RECIPE --guides MAP --baseline mode", "the baseline 'mode' is none of the methods LoRA, MAP"),
         ("compare RECIPE --guides MAP Laplac", "unknown guide 'Laplac'; there are LoRA, MAP"),
         ("compare RECIPE --guides MAP --seeds 0", "--seeds is at least 1, not 0"),
         ("evaluate none", "none: no recipe.yaml there; give a folder that pyrolora fit wrote"),

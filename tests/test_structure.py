@@ -27,7 +27,7 @@ LAYERS = (
     {"guides"},
     {"inference"},
     {"recipe"},
-    {"diagnostics", "report"},
+    {"diagnostics", "report", "options"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

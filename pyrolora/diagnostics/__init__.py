@@ -1,7 +1,10 @@
 """Diagnostics: calibration, uncertainty and its uses, temperature scaling, comparison under one evaluator."""
 
-from pyrolora.diagnostics.calibration import Estimate, ReliabilityCurve, evaluate, reliability_curve
-from pyrolora.diagnostics.compare import Comparison, Evaluation, compare, evaluate_posterior
+from pyrolora.diagnostics.bootstrap import Estimate
+from pyrolora.diagnostics.calibration import ReliabilityCurve, evaluate, reliability_curve
+from pyrolora.diagnostics.compare import Comparison, compare
+from pyrolora.diagnostics.differences import Contrast, Difference, difference
+from pyrolora.diagnostics.evaluation import Evaluation, evaluate_posterior, evaluate_prediction
 from pyrolora.diagnostics.ood import evaluate_ood, separation
 from pyrolora.diagnostics.selective import RiskCoverageCurve, evaluate_selective, risk_coverage_curve
 from pyrolora.diagnostics.temperature import fit_temperature, scale
@@ -10,6 +13,8 @@ from pyrolora.diagnostics.uncertainty import Component, DrawsCurve, Uncertainty,
 __all__ = [
     "Comparison",
     "Component",
+    "Contrast",
+    "Difference",
     "DrawsCurve",
     "Estimate",
     "Evaluation",
@@ -18,9 +23,11 @@ __all__ = [
     "Uncertainty",
     "compare",
     "decompose",
+    "difference",
     "evaluate",
     "evaluate_ood",
     "evaluate_posterior",
+    "evaluate_prediction",
     "evaluate_selective",
     "fit_temperature",
     "nll_by_draws",

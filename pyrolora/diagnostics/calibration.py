@@ -12,29 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from pyrolora.diagnostics.bootstrap import (
+    Estimate,
+    FloatArray,
+    IntArray,
+    Resampled,
+    basic_estimate,
+    percentile_estimate,
+    resamples,
+)
 
 NUM_BINS = 15
 TOLERANCE = 1e-4
-TAILS = (0.025, 0.975)
-_CHUNK = 2_000_000  # numbers gathered at once in the bootstrap: 16 MB a column
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A statistic on the given examples and its 95 % bootstrap interval, in the units of the statistic."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_dict(self) -> dict[str, float]:
-        """The three numbers by name, ready for JSON (which Python writes with `Infinity` where the NLL is infinite)."""
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
@@ -118,6 +110,8 @@ class _Examples:
     brier: FloatArray
     confidence: FloatArray
     correct: FloatArray
+    by_class: FloatArray  # p̄(k), (K, ..., n)
+    is_class: FloatArray  # 1{y_n = k}, (K, ..., n)
 
     @classmethod
     def of(cls, log_probabilities: ArrayLike, labels: ArrayLike) -> _Examples:
@@ -127,10 +121,12 @@ class _Examples:
         # Σ_k (p_k − 1{k = y})² = Σ_k p_k² − 2 p_y + 1
         brier = np.square(probabilities).sum(axis=1) - 2.0 * np.exp(observed) + 1.0
         correct = (values.argmax(axis=1) == targets).astype(np.float64)
-        return cls(0.0 - observed, brier, probabilities.max(axis=1), correct)
+        is_class = (targets == np.arange(values.shape[1])[:, None]).astype(np.float64)
+        return cls(0.0 - observed, brier, probabilities.max(axis=1), correct, probabilities.T, is_class)
 
     def take(self, rows: IntArray) -> _Examples:
-        return _Examples(self.surprise[rows], self.brier[rows], self.confidence[rows], self.correct[rows])
+        columns = (column[..., rows] for column in vars(self).values())
+        return _Examples(*columns)
 
 
 def _accuracy(examples: _Examples) -> FloatArray:
@@ -165,8 +161,8 @@ def _equal_mass(confidence: FloatArray, num_bins: int) -> IntArray:
     return bins
 
 
-def _bin_sums(bins: IntArray, weights: FloatArray, num_bins: int) -> FloatArray:
-    """Σ of weights in each bin, (..., n) → (..., num_bins)."""
+def bin_sums(bins: IntArray, weights: FloatArray, num_bins: int) -> FloatArray:
+    """Σ of weights in each bin, bin numbers and weights (..., n) → (..., num_bins)."""
     lead = bins.shape[:-1]
     rows = int(np.prod(lead, dtype=int))
     offset = np.arange(rows).reshape(*lead, 1) * num_bins
@@ -174,24 +170,30 @@ def _bin_sums(bins: IntArray, weights: FloatArray, num_bins: int) -> FloatArray:
     return sums.reshape(*lead, num_bins).astype(np.float64)
 
 
-def _mean_gap(examples: _Examples, bins: IntArray, num_bins: int) -> FloatArray:
+def _mean_gap(happened: FloatArray, claimed: FloatArray, bins: IntArray, num_bins: int) -> FloatArray:
     # Σ_m (n_m / n) |acc_m − conf_m| needs no division by n_m, so an empty bin contributes 0 by itself.
-    gaps = _bin_sums(bins, examples.correct - examples.confidence, num_bins)
-    return np.abs(gaps).sum(axis=-1) / bins.shape[-1]
+    return np.abs(bin_sums(bins, happened - claimed, num_bins)).sum(axis=-1) / bins.shape[-1]
 
 
 def _ece(examples: _Examples, num_bins: int = NUM_BINS) -> FloatArray:
-    return _mean_gap(examples, _equal_width(examples.confidence, num_bins), num_bins)
+    bins = _equal_width(examples.confidence, num_bins)
+    return _mean_gap(examples.correct, examples.confidence, bins, num_bins)
 
 
 def _adaptive_ece(examples: _Examples, num_bins: int = NUM_BINS) -> FloatArray:
-    return _mean_gap(examples, _equal_mass(examples.confidence, num_bins), num_bins)
+    bins = _equal_mass(examples.confidence, num_bins)
+    return _mean_gap(examples.correct, examples.confidence, bins, num_bins)
+
+
+def _classwise_ece(examples: _Examples, num_bins: int = NUM_BINS) -> FloatArray:
+    bins = _equal_width(examples.by_class, num_bins)
+    return _mean_gap(examples.is_class, examples.by_class, bins, num_bins).mean(axis=0)
 
 
 def _mce(examples: _Examples, num_bins: int = NUM_BINS) -> FloatArray:
     bins = _equal_width(examples.confidence, num_bins)
-    gaps = _bin_sums(bins, examples.correct - examples.confidence, num_bins)
-    counts = _bin_sums(bins, np.ones_like(examples.confidence), num_bins)
+    gaps = bin_sums(bins, examples.correct - examples.confidence, num_bins)
+    counts = bin_sums(bins, np.ones_like(examples.confidence), num_bins)
     return (np.abs(gaps) / np.maximum(counts, 1.0)).max(axis=-1)
 
 
@@ -260,6 +262,19 @@ def adaptive_calibration_error(log_probabilities: ArrayLike, labels: ArrayLike, 
     return float(_adaptive_ece(_Examples.of(log_probabilities, labels), _check_bins(num_bins)))
 
 
+def classwise_calibration_error(log_probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = NUM_BINS) -> float:
+    """The expected calibration error of each class's own probability, averaged over classes.
+
+    (1/K) Σ_k Σ_m (n_mk / n) |share of label k in bin − mean p̄(k) in bin|, equal-width bins of p̄(k) closed on the
+    right.  Shapes: (n, K), (n,) → scalar in [0, 1]. It sees errors in probabilities that are not the largest, and is
+    biased upwards as the ECE is.  Source: Kull et al. 2019, sec. 2.
+
+    Raises:
+        ValueError: see `check_predictive`, or num_bins < 1.
+    """
+    return float(_classwise_ece(_Examples.of(log_probabilities, labels), _check_bins(num_bins)))
+
+
 def maximum_calibration_error(log_probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = NUM_BINS) -> float:
     """The largest gap between accuracy and confidence of any non-empty equal-width bin.
 
@@ -279,6 +294,7 @@ METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
     "ece": expected_calibration_error,
     "adaptive_ece": adaptive_calibration_error,
     "mce": maximum_calibration_error,
+    "classwise_ece": classwise_calibration_error,
 }
 """The metrics by the short names that tables and result files use."""
 
@@ -289,8 +305,9 @@ _REDUCTIONS: dict[str, Callable[[_Examples], FloatArray]] = {
     "ece": _ece,
     "adaptive_ece": _adaptive_ece,
     "mce": _mce,
+    "classwise_ece": _classwise_ece,
 }
-_CALIBRATION_ERRORS = frozenset({"ece", "adaptive_ece", "mce"})
+_CALIBRATION_ERRORS = frozenset({"ece", "adaptive_ece", "mce", "classwise_ece"})
 
 
 def evaluate(
@@ -303,7 +320,9 @@ def evaluate(
     the estimate has already, and a percentile interval sits above the truth: simulated with 300 and 1000 examples it
     covered the true ECE in 70 to 93 % of cases for miscalibrated predictors and never for a perfect one. They get the
     basic interval [2v − q.975, 2v − q.025], cut at 0, which covered it in 88 to 94 % and in about 70 %. It corrects
-    for the bias that binning brings and may therefore lie partly or wholly below `value`.
+    for the bias that binning brings and may therefore lie partly or wholly below `value`. The class-wise error averages
+    the noise of its classes away and keeps their bias: covered in 87 to 94 % of cases for miscalibrated predictors, in
+    about half of them or fewer for a perfect one, whose interval lies above the truth.
 
     Shapes: (n, K), (n,) → one `Estimate` per metric. The same seed gives the same resamples for the same n.
 
@@ -318,33 +337,37 @@ def evaluate(
 
     Source: Davison & Hinkley 1997, sec. 5.2 (basic) and 5.3 (percentile).
     """
-    if num_bootstrap < 1:
-        raise ValueError(f"num_bootstrap must be at least 1; got {num_bootstrap}.")
+    found = resampled(log_probabilities, labels, num_bootstrap=num_bootstrap, seed=seed)
+    return {name: interval(name)(each.value, each.samples) for name, each in found.items()}
+
+
+def interval(metric: str) -> Callable[[float, ArrayLike], Estimate]:
+    """The kind of interval that a metric gets: basic for calibration errors, else percentile; see `evaluate`."""
+    return basic_estimate if metric in _CALIBRATION_ERRORS else percentile_estimate
+
+
+def resampled(
+    log_probabilities: ArrayLike, labels: ArrayLike, *, num_bootstrap: int = 1000, seed: int = 0
+) -> dict[str, Resampled]:
+    """Every metric of `METRICS` on the examples and on each resample of them, for intervals and paired differences.
+
+    Shapes: (n, K), (n,) → one `Resampled` per metric.
+
+    Raises:
+        ValueError: see `check_predictive`, or num_bootstrap < 1.
+    """
     examples = _Examples.of(log_probabilities, labels)
-    resampled = _bootstrap(examples, num_bootstrap=num_bootstrap, seed=seed)
-    estimates = {}
-    for name, reduction in _REDUCTIONS.items():
-        value = float(reduction(examples))
-        # An order statistic, not an interpolation: between inf and inf there is only NaN.
-        tails = np.quantile(resampled[name], TAILS, method="inverted_cdf")
-        low, high = float(tails[0]), float(tails[1])
-        if name in _CALIBRATION_ERRORS:
-            low, high = max(0.0, 2 * value - high), max(0.0, 2 * value - low)
-        estimates[name] = Estimate(value, low, high)
-    return estimates
-
-
-def _bootstrap(examples: _Examples, *, num_bootstrap: int, seed: int) -> dict[str, FloatArray]:
-    n = examples.confidence.shape[0]
-    generator = np.random.default_rng(seed)
-    parts: dict[str, list[FloatArray]] = {name: [] for name in _REDUCTIONS}
-    chunk = max(1, _CHUNK // n)
-    for start in range(0, num_bootstrap, chunk):
-        rows = generator.integers(0, n, size=(min(chunk, num_bootstrap - start), n))
-        sample = examples.take(rows)
+    num_classes, n = examples.by_class.shape
+    rows = resamples([n], num_bootstrap=num_bootstrap, seed=seed, columns=num_classes)
+    samples: dict[str, list[FloatArray]] = {name: [] for name in _REDUCTIONS}
+    for (chosen,) in rows:
+        sample = examples.take(chosen)
         for name, reduction in _REDUCTIONS.items():
-            parts[name].append(reduction(sample))
-    return {name: np.concatenate(values) for name, values in parts.items()}
+            samples[name].append(reduction(sample))
+    return {
+        name: Resampled(float(reduction(examples)), np.concatenate(samples[name]))
+        for name, reduction in _REDUCTIONS.items()
+    }
 
 
 def reliability_curve(log_probabilities: ArrayLike, labels: ArrayLike, *, num_bins: int = NUM_BINS) -> ReliabilityCurve:
@@ -358,8 +381,8 @@ def reliability_curve(log_probabilities: ArrayLike, labels: ArrayLike, *, num_bi
     """
     examples = _Examples.of(log_probabilities, labels)
     bins = _equal_width(examples.confidence, _check_bins(num_bins))
-    count = _bin_sums(bins, np.ones_like(examples.confidence), num_bins)
+    count = bin_sums(bins, np.ones_like(examples.confidence), num_bins)
     with np.errstate(invalid="ignore"):
-        confidence = _bin_sums(bins, examples.confidence, num_bins) / count
-        correct = _bin_sums(bins, examples.correct, num_bins) / count
+        confidence = bin_sums(bins, examples.confidence, num_bins) / count
+        correct = bin_sums(bins, examples.correct, num_bins) / count
     return ReliabilityCurve(np.linspace(0.0, 1.0, num_bins + 1), confidence, correct, count.astype(np.int64))

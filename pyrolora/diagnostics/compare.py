@@ -2,83 +2,77 @@
 
 from __future__ import annotations
 
-import time
+import html
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from pyrolora.diagnostics.calibration import Estimate, evaluate, reliability_curve
-from pyrolora.diagnostics.temperature import fit_temperature, scale
+from pyrolora.diagnostics.bootstrap import Estimate
+from pyrolora.diagnostics.differences import Contrast, contrasts
+from pyrolora.diagnostics.evaluation import MAIN, Evaluation, evaluate_posterior, fit_scaling
 from pyrolora.inference.posterior import Posterior
-from pyrolora.inference.prediction import Prediction
-
-MAIN = ("accuracy", "nll", "ece", "brier")
-_EXAMPLES = 6
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What one posterior scores on one split.
-
-    Attributes:
-        metrics: Metric to value and 95 % bootstrap interval over examples.
-        scaling: Temperature τ of the predictive, fitted on another split; or None.
-        scaled_metrics: The metrics after temperature scaling, or None.
-        reliability: The reliability curve, as plain lists.
-        num_draws: S.
-        num_examples: n.
-        predict_seconds: Wall-clock time of the prediction.
-        examples: The examples of most interest: confidently wrong, or where draws disagree.
-    """
-
-    metrics: dict[str, Estimate]
-    scaling: float | None
-    scaled_metrics: dict[str, Estimate] | None
-    reliability: dict[str, Any]
-    num_draws: int
-    num_examples: int
-    predict_seconds: float
-    examples: list[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        lines = [f"{self.num_examples} examples, {self.num_draws} draw(s), 95 % intervals"]
-        if self.scaled_metrics is not None:
-            lines[0] += f"; last column after temperature scaling, τ = {self.scaling:.2f}"
-        for name, estimate in self.metrics.items():
-            after = "" if self.scaled_metrics is None else f"   {self.scaled_metrics[name].value:.4f}"
-            lines.append(f"  {name:13s} {estimate.value:.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]{after}")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Evaluations of several posteriors on one split; shows itself as a table."""
+    """Evaluations of several posteriors on one split; shows itself as a table.
+
+    Attributes:
+        evaluations: Name to evaluation.
+        contrasts: Every method against the baseline on the same examples and resamples.
+    """
 
     evaluations: dict[str, Evaluation]
+    contrasts: list[Contrast] = field(default_factory=list)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a method (and one for its temperature-scaled predictive): metric values."""
+        rows = {name: {metric: each[metric].value for metric in MAIN} for name, each in self._rows().items()}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=list(MAIN))
+
+    def differences(self) -> pd.DataFrame:
+        """One row for each contrast and metric: the difference, its 95 % interval, and whether it is real.
+
+        Real means that the interval leaves out 0. It is about these fits: how much others of the same methods would
+        differ, only several seeds can tell (`pyrolora compare`).
+        """
+        rows = [
+            {
+                "method": label(contrast.method, contrast.scaled),
+                "baseline": label(contrast.baseline, contrast.baseline_scaled),
+                "metric": metric,
+                "difference": found.value,
+                "low": found.low,
+                "high": found.high,
+                "real": found.real,
+            }
+            for contrast in self.contrasts
+            for metric, found in contrast.metrics.items()
+        ]
+        columns = ["method", "baseline", "metric", "difference", "low", "high", "real"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def _rows(self) -> dict[str, dict[str, Estimate]]:
         rows = {}
         for name, evaluation in self.evaluations.items():
-            rows[name] = {metric: evaluation.metrics[metric].value for metric in MAIN}
+            rows[name] = evaluation.metrics
             if evaluation.scaled_metrics is not None:
-                scaled = {metric: evaluation.scaled_metrics[metric].value for metric in MAIN}
-                rows[f"{name}, τ = {evaluation.scaling:.2f}"] = scaled
-        return pd.DataFrame.from_dict(rows, orient="index", columns=list(MAIN))
+                rows[f"{name}, τ = {evaluation.scaling:.2f}"] = evaluation.scaled_metrics
+        return rows
 
     def __repr__(self) -> str:
         return self.to_pandas().to_string(float_format=lambda value: f"{value:.3f}")
 
     def _repr_html_(self) -> str:
-        return self.to_pandas().to_html(float_format=lambda value: f"{value:.3f}")
+        cells = {name: {metric: _cell(each[metric]) for metric in MAIN} for name, each in self._rows().items()}
+        table = pd.DataFrame.from_dict(cells, orient="index", columns=list(MAIN)).to_html(escape=True)
+        first = next(iter(self.evaluations.values()))
+        draws = sorted({each.num_draws for each in self.evaluations.values()})
+        said = f"{first.num_examples} examples, {' or '.join(map(str, draws))} draws, 95 % intervals over examples."
+        lines = [_sentence(each) for each in self.contrasts if not each.scaled]
+        return f"<p>{html.escape(said)}</p>{table}" + "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
 
 def compare(
@@ -86,116 +80,58 @@ def compare(
     data: Dataset,
     *,
     validation: Dataset | None = None,
+    ood: Mapping[str, Dataset] | None = None,
+    baseline: str | None = None,
     num_draws: int = 16,
     seed: int = 0,
     batch_size: int = 32,
 ) -> Comparison:
-    """Evaluates several posteriors on the same data with the same draws and metrics.
+    """Evaluates several posteriors on the same data with the same draws and metrics, and takes their differences.
 
     Args:
         posteriors: Name to posterior.
         data: The split that is reported; it chooses nothing.
         validation: Another split, on which the temperature scaling of each method is fitted.
+        ood: Splits of another distribution that uncertainty should tell from `data`.
+        baseline: The name that the others are compared with; default the first.
         num_draws: S.
         seed: Of the draws and of the bootstrap.
         batch_size: Rows at once.
 
     Raises:
-        ValueError: No posteriors; data without labels.
+        ValueError: No posteriors; a baseline that is none of them; data without labels.
     """
     if not posteriors:
         raise ValueError('there is nothing to compare: give posteriors by name, {"map": p, "mean field": q}')
-    evaluations = {}
+    baseline = next(iter(posteriors)) if baseline is None else baseline
+    if baseline not in posteriors:
+        raise ValueError(f"the baseline {baseline!r} is none of the posteriors {', '.join(posteriors)}")
+    evaluations, fits = {}, {}
     for name, posterior in posteriors.items():
         scaling = None
         if validation is not None:
             scaling = fit_scaling(posterior, validation, num_draws=num_draws, seed=seed, batch_size=batch_size)
         evaluations[name] = evaluate_posterior(
-            posterior, data, scaling=scaling, num_draws=num_draws, seed=seed, batch_size=batch_size
+            posterior, data, scaling=scaling, ood=ood, num_draws=num_draws, seed=seed, batch_size=batch_size
         )
-    return Comparison(evaluations)
+        fits[name] = {0: evaluations[name].resampled}
+    return Comparison(evaluations, contrasts(fits, baseline=baseline))
 
 
-def fit_scaling(
-    posterior: Posterior, validation: Dataset, *, num_draws: int = 16, seed: int = 0, batch_size: int = 32
-) -> float:
-    """The temperature τ of a posterior's mean predictive, fitted on validation data; never on what is reported."""
-    prediction = posterior.predict(validation, num_draws, seed=seed, batch_size=batch_size)
-    return fit_temperature(prediction.log_mean.numpy(), _labels(prediction))
+def label(name: str, scaled: bool) -> str:
+    """How tables call the temperature-scaled predictive of a method."""
+    return f"{name}, scaled" if scaled else name
 
 
-def evaluate_posterior(
-    posterior: Posterior,
-    data: Dataset,
-    *,
-    scaling: float | None = None,
-    num_draws: int = 16,
-    seed: int = 0,
-    batch_size: int = 32,
-) -> Evaluation:
-    """Evaluates one posterior on one split.
-
-    Args:
-        posterior: Any posterior over classes.
-        data: The split that is reported.
-        scaling: Temperature τ, see `fit_scaling`, for the scaled metrics.
-        num_draws: S; 0 for the mean weights.
-        seed: Of the draws and of the bootstrap.
-        batch_size: Rows at once.
-
-    Raises:
-        ValueError: Data without labels.
-    """
-    start = time.perf_counter()
-    prediction = posterior.predict(data, num_draws, seed=seed, batch_size=batch_size)
-    seconds = time.perf_counter() - start
-    labels = _labels(prediction)
-    log_mean = prediction.log_mean.numpy()
-    return Evaluation(
-        metrics=evaluate(log_mean, labels, seed=seed),
-        scaling=scaling,
-        scaled_metrics=None if scaling is None else evaluate(scale(log_mean, scaling), labels, seed=seed),
-        reliability=reliability_curve(log_mean, labels).to_dict(),
-        num_draws=prediction.num_draws,
-        num_examples=len(prediction),
-        predict_seconds=seconds,
-        examples=interesting(prediction),
-    )
+def _cell(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
-def interesting(prediction: Prediction, count: int = _EXAMPLES) -> list[dict[str, Any]]:
-    """Examples worth a look: the most confidently wrong, then those on which the draws disagree most.
-
-    Args:
-        prediction: Of a labelled split.
-        count: How many of each kind at most.
-
-    Returns:
-        For each example its text, label, mean probabilities ``(K,)``, those of every draw ``(S, K)``, and the mutual
-        information in nats. Nothing where texts or labels are unknown.
-    """
-    if prediction.texts is None or prediction.labels is None:
-        return []
-    confidence, predicted = prediction.mean.max(-1)
-    wrong = predicted != prediction.labels
-    by_error = [i for i in (confidence * wrong).argsort(descending=True).tolist() if wrong[i]]
-    by_doubt = prediction.mutual_information.argsort(descending=True).tolist()
-    return [
-        {
-            "text": prediction.texts[i],
-            "label": int(prediction.labels[i]),
-            "probabilities": prediction.mean[i].tolist(),
-            "draws": [] if prediction.draws is None else prediction.draws[:, i].exp().tolist(),
-            "mutual_information": float(prediction.mutual_information[i]),
-        }
-        for i in dict.fromkeys(by_error[:count] + by_doubt[:count])
-    ]
-
-
-def _labels(prediction: Prediction) -> np.ndarray:
-    if prediction.labels is None:
-        raise ValueError("the data have no labels, so nothing can be scored")
-    labels = prediction.labels.numpy()
-    if (labels < 0).any():
-        raise ValueError(f"{(labels < 0).sum()} of {len(labels)} labels are unknown, so nothing can be scored")
-    return labels
+def _sentence(contrast: Contrast) -> str:
+    parts = []
+    for metric in MAIN:
+        found = contrast.metrics[metric]
+        verdict = "" if found.real else " (undecided)"
+        parts.append(f"{metric} {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{verdict}")
+    against = label(contrast.baseline, contrast.baseline_scaled)
+    return f"{contrast.method} against {against}: {', '.join(parts)}"

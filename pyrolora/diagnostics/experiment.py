@@ -1,176 +1,176 @@
-"""A whole comparison from one recipe: guides × seeds, fitted, evaluated and written to a folder."""
+"""A whole comparison: recipes × guides × seeds and saved posteriors, fitted, evaluated and written to a folder."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
+import contextlib
 import logging
-import math
+import multiprocessing
 import os
-import platform
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-from datasets import Dataset
+import transformers
 
-from pyrolora.diagnostics.compare import MAIN, evaluate_posterior, fit_scaling
-from pyrolora.guides.map import MAP
-from pyrolora.inference.archive import write_json
-from pyrolora.inference.fit import fit
-from pyrolora.inference.posterior import Posterior
+from pyrolora.diagnostics import cells
+from pyrolora.diagnostics.cells import BASELINE, Cell, Method
+from pyrolora.diagnostics.results import assemble, write
+from pyrolora.inference.archive import read_meta
 from pyrolora.likelihoods.base import ClassLikelihood
 from pyrolora.recipe import Recipe, RecipeError, classes
 from pyrolora.tasks.base import Task
 
 logger = logging.getLogger("pyrolora")
 
-BASELINE = "LoRA"
+Tasks = dict[Path, Task]
+"""By the recipe's path."""
 
-
-def check_methods(names: Iterable[str]) -> list[str]:
-    """The methods of a comparison: ``LoRA`` (MAP under flat priors), the baseline, first; then the named guides.
-
-    Raises:
-        RecipeError: An unknown name; the right ones are listed.
-    """
-    known = [BASELINE, *classes("guides")]
-    for name in names:
-        if name not in known:
-            raise RecipeError(f"unknown guide {name!r}; there are {', '.join(known)}")
-    return list(dict.fromkeys([BASELINE, *names]))
+_tasks: Tasks = {}  # of a worker process
 
 
 def run(
-    recipe: Recipe, methods: Sequence[str], *, seeds: Sequence[int], output: Path, num_draws: int = 16
+    recipes: Sequence[Recipe],
+    guides: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    output: Path,
+    posteriors: Sequence[Path] = (),
+    num_draws: int = 16,
+    baseline: str | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
-    """Fits and evaluates every method with every seed.
+    """Fits and evaluates every method with every seed, and every saved posterior.
 
-    Each finished fit leaves ``cells/<method>-seed<k>.json`` and the posterior ``<method>-seed<k>/``; called again, it
-    is not repeated unless the recipe, the data or the number of draws has changed. ``results.json`` is written after
-    every fit, so that an interrupted comparison can be reported as far as it came.
+    Each finished fit leaves the posterior ``<method>-seed<k>/``, each finished evaluation two files in ``cells/``.
+    Called again, a fit is not repeated unless its recipe or training data have changed, nor an evaluation unless its
+    posterior, any data or the number of draws have. ``results.json`` and ``results.parquet`` are written after every
+    cell, so that an interrupted comparison can be reported as far as it came.
 
     Args:
-        recipe: The probabilistic model.
-        methods: Names of guides; plain LoRA is added as the baseline.
+        recipes: The probabilistic models. Where there are several, methods are called ``<recipe>: <guide>``.
+        guides: Names of guides; plain LoRA is added under each recipe where it is not the same as an earlier one.
         seeds: Each seeds initial weights, data order and noise.
         output: The folder.
+        posteriors: Folders of saved posteriors with their recipes beside them; called by the folders' names.
         num_draws: S at test.
+        baseline: The method that all others are compared with; default the first.
+        processes: How many cells are worked on at once, each with its share of the cores.
 
     Returns:
         The results, as written to ``results.json``.
 
     Raises:
-        RecipeError: An unknown method; a task without classes, or without validation or test split.
+        RecipeError: An unknown method; a task without classes, or without validation or test split; methods that are
+            evaluated on different data.
     """
-    methods = check_methods(methods)
-    for method in methods:
-        _build_guide(recipe, method)  # a wrong argument stops here, not after the fits before it
-    task = recipe.build_task()
-    _check_task(task, recipe)
+    if processes < 1:
+        raise RecipeError(f"--processes is at least 1, not {processes}")
+    methods = plan(recipes, guides, posteriors)
+    chosen = _baseline(methods, baseline)
+    tasks = _build_tasks(methods)
+    planned = _cells(methods, seeds, num_draws=num_draws, output=output)
     (output / "cells").mkdir(parents=True, exist_ok=True)
-    data = _digest([[split, rows["text"][:], rows["labels"][:]] for split, rows in _splits(task).items()])
-    cells: list[dict[str, Any]] = []
-    results = {}
-    for i, (seed, method) in enumerate(product(seeds, methods), start=1):
-        name = f"{method}-seed{seed}"
-        path = output / "cells" / f"{name}.json"
-        key = _key(recipe, method, seed=seed, num_draws=num_draws, data=data)
-        finished = _is_finished(path, key)
-        state = "finished before" if finished else "fitting"
-        logger.info("[%d/%d] %s, seed %d: %s", i, len(seeds) * len(methods), method, seed, state)
-        if not finished:
-            new = _fit_and_evaluate(recipe, task, method=method, seed=seed, num_draws=num_draws, folder=output / name)
-            write_json(path, {"key": key, "cells": new})
-        cells += json.loads(path.read_text(encoding="utf-8"))["cells"]
-        results = _results(recipe, task, cells=cells, seeds=seeds, num_draws=num_draws)
-        write_json(output / "results.json", results)
+    done = {cell.name for cell in planned if cells.is_finished(cell, tasks[cell.method.recipe.path])}
+    for cell in planned:
+        if cell.name in done:
+            logger.info("%s, seed %d: finished before", cell.method.name, cell.seed)
+
+    def written() -> dict[str, Any]:
+        finished = [cell for cell in planned if cell.name in done]
+        results = assemble(finished, tasks[methods[0].recipe.path], baseline=chosen, recipes=recipes)
+        write(results, output)
+        return results
+
+    results = written()
+    for cell in _computed([cell for cell in planned if cell.name not in done], tasks, processes=processes):
+        done.add(cell.name)
+        results = written()
     return results
 
 
-def save(posterior: Posterior, recipe: Recipe, folder: Path) -> Path:
-    """Saves a posterior with its recipe beside it, from which the command line rebuilds task and base."""
-    posterior.save_pretrained(folder)
-    recipe.write(folder / "recipe.yaml")
-    return folder
+def plan(recipes: Sequence[Recipe], guides: Sequence[str], posteriors: Iterable[Path] = ()) -> list[Method]:
+    """The methods of a comparison: under each recipe plain LoRA and the named guides; then the saved posteriors.
 
-
-def table(results: Mapping[str, Any]) -> str:
-    """Results as plain text: for each split and method the main metrics, means over seeds.
-
-    Every metric stands twice: as fitted → after temperature scaling.
+    Raises:
+        RecipeError: An unknown guide (the right ones are listed) or arguments that it refuses, two methods whose files
+            would have the same name, or nothing to compare.
     """
-    groups: dict[str, dict[str, list[Any]]] = {}
-    for cell in results["cells"]:
-        groups.setdefault(cell["split"], {}).setdefault(cell["method"], []).append(cell)
-    lines = []
-    for split, methods in groups.items():
-        width = max(map(len, methods))
-        lines.append(f"{split}: mean over {len(results['settings']['seeds'])} seed(s), as fitted → scaled by τ")
-        lines.append(" " * width + "".join(f"{metric:>18s}" for metric in MAIN))
-        for method, cells in methods.items():
-            row = method.ljust(width)
-            for metric in MAIN:
-                before, after = (_mean(cells, kind, metric) for kind in ("metrics", "scaled_metrics"))
-                row += f"{before:.3f} → {after:.3f}".rjust(18)
-            lines.append(row)
-        lines.append("")
-    return "\n".join(lines)
+    known = [BASELINE, *classes("guides")]
+    for name in guides:
+        if name not in known:
+            raise RecipeError(f"unknown guide {name!r}; there are {', '.join(known)}")
+    if recipes and not guides and not posteriors:
+        raise RecipeError("nothing would be fitted but plain LoRA: name guides to compare it with (--guides)")
+    methods: list[Method] = []
+    seen = []
+    for recipe in recipes:
+        # Plain LoRA sees neither priors nor guides: recipes that differ in nothing else share it.
+        content = {**recipe.content(), "priors": None, "guides": None, "temperature": None}
+        first = [] if content in seen else [BASELINE]
+        seen.append(content)
+        for guide in dict.fromkeys([*first, *(name for name in guides if name != BASELINE)]):
+            name = guide if len(recipes) == 1 else f"{recipe.path.stem}: {guide}"
+            methods.append(Method(name, guide, recipe))
+            methods[-1].build_guide()  # a wrong argument stops here, not after the fits before it
+    for folder in posteriors:
+        if not (folder / "recipe.yaml").is_file():
+            raise RecipeError(f"{folder}: no recipe.yaml there; give a folder that pyrolora fit wrote")
+        guide = read_meta(folder)["guide"]["class"].partition(".")[2]
+        methods.append(Method(folder.resolve().name, guide, Recipe.read(folder / "recipe.yaml"), folder))
+    if not methods:
+        raise RecipeError("there is nothing to compare: give recipes, or posteriors")
+    names = [cells.plain(method.name) for method in methods]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RecipeError(f"two methods are called {twice[0]!r}: rename a recipe's file or a posterior's folder")
+    return methods
 
 
-def _mean(cells: Sequence[Mapping[str, Any]], kind: str, metric: str) -> float:
-    values = [cell[kind][metric]["value"] for cell in cells]
-    return math.inf if None in values else math.fsum(values) / len(values)  # JSON holds an infinite NLL as null
+def _baseline(methods: Sequence[Method], name: str | None) -> str:
+    names = [method.name for method in methods]
+    if name is not None and name not in names:
+        raise RecipeError(f"the baseline {name!r} is none of the methods {', '.join(names)}")
+    return names[0] if name is None else name
 
 
-def _fit_and_evaluate(
-    recipe: Recipe, task: Task, *, method: str, seed: int, num_draws: int, folder: Path
-) -> list[dict[str, Any]]:
-    """One fit, and its cell for the test split and for every labelled out-of-distribution split."""
-    program = recipe.build_program(task, seed=seed, flat=method == BASELINE)
-    guide = _build_guide(recipe, method)
-    start = time.perf_counter()
-    posterior = fit(program, guide, args=recipe.arguments(None, seed=seed), temperature=_beta(recipe, method))
-    fit_seconds = time.perf_counter() - start
-    save(posterior, recipe, folder)
-    assert task.validation is not None and task.test is not None
-    scaling = fit_scaling(posterior, task.validation, num_draws=num_draws)
-    cells = []
-    for split, data in {"test": task.test, **task.ood}.items():
-        if min(data["labels"]) < 0:
-            logger.info("%s: labels that are no classes of the task; not scored", split)
-            continue
-        evaluation = evaluate_posterior(posterior, data, scaling=scaling, num_draws=num_draws).to_dict()
-        cost = {
-            "fit_seconds": fit_seconds,
-            "predict_seconds": evaluation.pop("predict_seconds"),
-            "parameters": sum(p.numel() for p in posterior.guide.parameters()),
-            "passes": posterior.guide.passes(num_draws, len(task.class_names)),
-        }
-        cell = {"method": method, "description": _description(method), "seed": seed, "split": split, "cost": cost}
-        cells.append({**cell, **evaluation})
-    return cells
+def _cells(methods: Sequence[Method], seeds: Sequence[int], *, num_draws: int, output: Path) -> list[Cell]:
+    """Seed by seed, so that an interrupted comparison has all methods for the first seeds; saved posteriors first."""
+    saved = [(read_meta(method.folder)["seed"], method) for method in methods if method.folder is not None]
+    fitted = product(seeds, [method for method in methods if method.folder is None])
+    return [Cell(method, seed, num_draws, output) for seed, method in [*saved, *fitted]]
 
 
-def _build_guide(recipe: Recipe, method: str) -> Any:
-    return MAP() if method == BASELINE else recipe.build_guide(method)
+def _build_tasks(methods: Sequence[Method]) -> Tasks:
+    """The task of every recipe; all must be evaluated on the same data, and over the same classes.
+
+    Raises:
+        RecipeError: A task without classes, or without validation or test split; different data.
+    """
+    tasks: Tasks = {}
+    made: dict[str, Task] = {}
+    for recipe in (method.recipe for method in methods):
+        key = cells.digest([recipe.base, recipe.task])
+        if key not in made:
+            made[key] = recipe.build_task()
+            _check_task(made[key], recipe)
+        tasks[recipe.path] = made[key]
+    first, *others = methods
+    reported = _reported(tasks[first.recipe.path])
+    for method in others:
+        if _reported(tasks[method.recipe.path]) != reported:
+            raise RecipeError(
+                f"{method.recipe.path}: other test or out-of-distribution data, or other classes, than those of "
+                f"{first.recipe.path}: numbers on different examples cannot be compared"
+            )
+    return tasks
 
 
-def _beta(recipe: Recipe, method: str) -> float:
-    return 1.0 if method == BASELINE else recipe.temperature_of(method)
-
-
-def _description(method: str) -> str:
-    """A method in one line: the first line of the file that defines the guide."""
-    if method == BASELINE:
-        return "plain LoRA: maximum likelihood, no priors"
-    module = inspect.getmodule(classes("guides")[method])
-    return (inspect.getdoc(module) or method).partition("\n")[0]
+def _reported(task: Task) -> tuple[Any, str]:
+    data = {name: rows for name, rows in cells.splits_of(task).items() if name not in ("train", "validation")}
+    return task.class_names, cells.digest_of(data)
 
 
 def _check_task(task: Task, recipe: Recipe) -> None:
@@ -180,61 +180,64 @@ def _check_task(task: Task, recipe: Recipe) -> None:
     for split, data in {"validation": task.validation, "test": task.test}.items():
         if data is None:
             raise RecipeError(f"{recipe.path}: a comparison needs a {split} split; the task has none")
+    for split, rows in task.ood.items():
+        if not cells.is_labelled(rows):
+            logger.info("%s: labels that are no classes of the task; not scored, only told apart from test", split)
 
 
-def _splits(task: Task) -> dict[str, Dataset]:
-    splits = {"train": task.train, "validation": task.validation, "test": task.test, **task.ood}
-    return {name: data for name, data in splits.items() if data is not None}
+def _computed(pending: Sequence[Cell], tasks: Tasks, *, processes: int) -> Iterator[Cell]:
+    """Computes cells, and yields each when it is done."""
+    if processes == 1 or len(pending) <= 1:
+        for i, cell in enumerate(pending, start=1):
+            doing = "evaluating" if cell.method.folder else "fitting"
+            logger.info("[%d/%d] %s, seed %d: %s", i, len(pending), cell.method.name, cell.seed, doing)
+            cells.compute(cell, tasks[cell.method.recipe.path])
+            yield cell
+        return
+    threads = max(1, torch.get_num_threads() // processes)
+    # A forked process would inherit torch's threads, and locks that they hold.
+    context = multiprocessing.get_context("spawn")
+    with (
+        _without_progress_bars(),
+        ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(threads,)) as pool,
+    ):
+        futures = {pool.submit(_work, cell): cell for cell in pending}
+        try:
+            for i, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                cell = futures[future]
+                logger.info("[%d/%d] %s, seed %d: done", i, len(pending), cell.method.name, cell.seed)
+                yield cell
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _key(recipe: Recipe, method: str, *, seed: int, num_draws: int, data: str) -> str:
-    """What a finished cell depends on; of the recipe's guides only its own."""
-    content = {**recipe.content(), "guides": recipe.guides.get(method), "temperature": _beta(recipe, method)}
-    return _digest([content, data, method, seed, num_draws, version("pyrolora")])
+def _begin(threads: int) -> None:
+    """What a worker does first: its share of the cores, and no remarks of libraries that every worker would repeat."""
+    logging.basicConfig(format="%(message)s")
+    torch.set_num_threads(threads)
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+def _work(cell: Cell) -> None:
+    """One cell in a worker, which builds a task once."""
+    recipe = cell.method.recipe
+    if recipe.path not in _tasks:
+        _tasks[recipe.path] = recipe.build_task()
+    cells.compute(cell, _tasks[recipe.path])
 
 
-def _is_finished(path: Path, key: str) -> bool:
-    """Whether a file holds the cells of this very fit, whole."""
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Processes that start in this block show no bars: those of several would overwrite one another."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("key") == key and "cells" in content
-
-
-def _results(
-    recipe: Recipe, task: Task, *, cells: list[dict[str, Any]], seeds: Sequence[int], num_draws: int
-) -> dict[str, Any]:
-    """The results in the form that the report describes."""
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return {
-        "format": 1,
-        "title": f"{recipe.path.stem}: posteriors compared",
-        "baseline": BASELINE,
-        "task": {
-            "name": type(task).__name__,
-            "class_names": list(task.class_names),
-            "splits": {name: len(data) for name, data in _splits(task).items()},
-        },
-        "settings": {
-            "num_draws": num_draws,
-            "seeds": list(seeds),
-            "temperature": {method: _beta(recipe, method) for method in dict.fromkeys(c["method"] for c in cells)},
-            "versions": {name: version(name) for name in ("pyrolora", "torch", "pyro-ppl", "transformers", "peft")},
-            "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}{gpu}",
-            "recipe": recipe.path.read_text(encoding="utf-8") if recipe.path.is_file() else "",
-            "priors": {pattern: _shown(spec) for pattern, spec in recipe.priors.items()},
-        },
-        "cells": cells,
-    }
-
-
-def _shown(spec: Any) -> str:
-    """A prior's description as one would write it: ``Normal(scale=0.1)``."""
-    if isinstance(spec, str):
-        return spec
-    return f"{spec['class_path']}({', '.join(f'{k}={v!r}' for k, v in (spec.get('init_args') or {}).items())})"
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before

@@ -13,14 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyrolora.diagnostics.calibration import Estimate, FloatArray, IntArray, _bin_sums
-from pyrolora.diagnostics.uncertainty import (
-    check_draws,
-    mutual_information,
-    percentile_estimate,
-    predictive_entropy,
-    resamples,
-)
+from pyrolora.diagnostics.bootstrap import Estimate, FloatArray, IntArray, percentile_estimate, resamples
+from pyrolora.diagnostics.calibration import bin_sums
+from pyrolora.diagnostics.uncertainty import check_draws, mutual_information, predictive_entropy
 
 TPR = 0.95
 
@@ -54,7 +49,7 @@ class _Scored:
         return self._count(self.inside[inside], self.outside[outside])
 
     def _count(self, inside: IntArray, outside: IntArray) -> _Counts:
-        first, second = (_bin_sums(rows, np.ones(rows.shape), self.num_groups) for rows in (inside, outside))
+        first, second = (bin_sums(rows, np.ones(rows.shape), self.num_groups) for rows in (inside, outside))
         return _Counts(first, second)
 
 

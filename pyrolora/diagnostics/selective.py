@@ -16,9 +16,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyrolora.diagnostics.calibration import Estimate, FloatArray, IntArray, _bin_sums, check_predictive
+from pyrolora.diagnostics.bootstrap import (
+    Estimate,
+    FloatArray,
+    IntArray,
+    Resampled,
+    percentile_estimate,
+    resamples,
+)
+from pyrolora.diagnostics.calibration import bin_sums, check_predictive
 from pyrolora.diagnostics.ood import separation
-from pyrolora.diagnostics.uncertainty import percentile_estimate, resamples
 
 COVERAGES = (0.8, 0.9, 0.95)
 
@@ -62,8 +69,8 @@ class _Ranked:
     def risk(self) -> FloatArray:
         """The expected error rate among the 1, 2, … n most confident, (..., n)."""
         # In a random order of equals each place holds an error with the group's error rate.
-        counts = _bin_sums(self.group, np.ones_like(self.wrong), self.num_groups)
-        rate = _bin_sums(self.group, self.wrong, self.num_groups) / np.maximum(counts, 1.0)
+        counts = bin_sums(self.group, np.ones_like(self.wrong), self.num_groups)
+        rate = bin_sums(self.group, self.wrong, self.num_groups) / np.maximum(counts, 1.0)
         places = np.take_along_axis(rate, np.sort(self.group, axis=-1), axis=-1)
         return places.cumsum(axis=-1) / np.arange(1, places.shape[-1] + 1)
 
@@ -223,6 +230,37 @@ def evaluate_selective(
 
     Source: Geifman & El-Yaniv 2017; Geifman et al. 2019.
     """
+    found = resampled(
+        log_probabilities,
+        labels,
+        confidence=confidence,
+        coverages=coverages,
+        num_bootstrap=num_bootstrap,
+        seed=seed,
+    )
+    estimates = {name: percentile_estimate(each.value, each.samples) for name, each in found.items()}
+    estimates["error_auroc"] = error_detection(
+        log_probabilities, labels, confidence=confidence, num_bootstrap=num_bootstrap, seed=seed
+    )
+    return estimates
+
+
+def resampled(
+    log_probabilities: ArrayLike,
+    labels: ArrayLike,
+    *,
+    confidence: ArrayLike | None = None,
+    coverages: Sequence[float] = COVERAGES,
+    num_bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Resampled]:
+    """What `evaluate_selective` gives, the error-detection AUROC apart, on the examples and on each resample of them.
+
+    Shapes: (n, K), (n,) → one `Resampled` per metric, on the resamples of `calibration.resampled`.
+
+    Raises:
+        ValueError: as `evaluate_selective`.
+    """
     ranked, sure = _rank(log_probabilities, labels, confidence)
     n = len(sure)
     places = {f"accuracy@{coverage:g}": _answered(coverage, n) - 1 for coverage in coverages}
@@ -233,11 +271,7 @@ def evaluate_selective(
 
     rows = resamples([n], num_bootstrap=num_bootstrap, seed=seed)
     samples = [statistics(ranked.take(chosen).risk()) for (chosen,) in rows]
-    found = {
-        name: percentile_estimate(float(value), np.concatenate([sample[name] for sample in samples]))
+    return {
+        name: Resampled(float(value), np.concatenate([sample[name] for sample in samples]))
         for name, value in statistics(ranked.risk()).items()
     }
-    found["error_auroc"] = error_detection(
-        log_probabilities, labels, confidence=sure, num_bootstrap=num_bootstrap, seed=seed
-    )
-    return found

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import entr, logsumexp
 
-from pyrolora.diagnostics.calibration import TAILS, Estimate, FloatArray, IntArray, check_predictive
-
-_CHUNK = 1_000_000  # numbers gathered at once in a bootstrap: 8 MB an array
+from pyrolora.diagnostics.bootstrap import Estimate, FloatArray, IntArray, percentile_estimate, resamples
+from pyrolora.diagnostics.calibration import check_predictive
 
 
 @dataclass(frozen=True)
@@ -295,34 +294,3 @@ def _subset_scores(observed: FloatArray, subsets: IntArray) -> FloatArray:
 
 def _spread(scores: FloatArray) -> float:
     return float(scores.std(ddof=1)) if len(scores) > 1 and np.isfinite(scores).all() else math.nan
-
-
-def resamples(sizes: Sequence[int], *, num_bootstrap: int, seed: int) -> Iterator[list[IntArray]]:
-    """Row numbers drawn with replacement within each group, some resamples at a time.
-
-    Yields for each group g an array (b, sizes[g]), `num_bootstrap` rows in all. Groups are resampled independently and
-    keep their sizes. The rows of the first group are those that `calibration.evaluate` draws from the same seed.
-
-    Raises:
-        ValueError: num_bootstrap < 1.
-    """
-    if num_bootstrap < 1:
-        raise ValueError(f"num_bootstrap must be at least 1; got {num_bootstrap}.")
-    first = np.random.default_rng(seed)
-    generators = [first, *first.spawn(len(sizes) - 1)]
-    chunk = max(1, _CHUNK // sum(sizes))
-    for start in range(0, num_bootstrap, chunk):
-        count = min(chunk, num_bootstrap - start)
-        yield [
-            generator.integers(0, size, size=(count, size)) for generator, size in zip(generators, sizes, strict=True)
-        ]
-
-
-def percentile_estimate(value: float, resampled: ArrayLike) -> Estimate:
-    """A statistic and its 95 % percentile interval, [q.025, q.975] of its resampled values (B,).
-
-    Source: Davison & Hinkley 1997, sec. 5.3.
-    """
-    # An order statistic, as in `calibration.evaluate`: between inf and inf an interpolation has only NaN.
-    low, high = np.quantile(np.asarray(resampled, dtype=np.float64), TAILS, method="inverted_cdf")
-    return Estimate(value, float(low), float(high))

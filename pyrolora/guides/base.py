@@ -94,6 +94,11 @@ class Guide(nn.Module):
     def post_fit(self, program: PyroLoRA, data: Dataset) -> None:
         """A second stage on the training data after the optimiser's last step; most guides have none."""
 
+    @property
+    def joint_draws(self) -> bool:
+        """Whether a draw of a prediction is one value of the weights, the same for every input."""
+        return True
+
     def natural_parameters(
         self, program: PyroLoRA, num_draws: int, *, seed: int = 0
     ) -> Callable[[Batch], Tensor] | None:

@@ -153,6 +153,10 @@ class Laplace(Guide):
         linearised = self.is_fitted and self.predictive != "weights" and num_draws > 0
         return 1 + num_outputs if linearised else super().passes(num_draws, num_outputs)
 
+    @property
+    def joint_draws(self) -> bool:
+        return not self.is_fitted or self.predictive in ("joint", "weights")
+
     def natural_parameters(
         self, program: PyroLoRA, num_draws: int, *, seed: int = 0
     ) -> Callable[[Batch], Tensor] | None:

@@ -114,14 +114,14 @@ def write(folder: Path, *, state: Mapping[str, Tensor], meta: Mapping[str, Any])
     """Writes ``posterior.safetensors`` and ``posterior.json``; where that fails, what was there before is untouched."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with _replacing(folder / _META) as new_meta, _replacing(folder / _TENSORS) as new_tensors:
+    with replacing(folder / _META) as new_meta, replacing(folder / _TENSORS) as new_tensors:
         save_file(tensors, str(new_tensors))
         new_meta.write_text(_json({"format": FORMAT, **meta, "sha256": _digest(new_tensors)}), encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON, whole or not at all; numbers that are not finite become null."""
-    with _replacing(path) as new:
+    with replacing(path) as new:
         new.write_text(_json(content), encoding="utf-8")
 
 
@@ -173,7 +173,7 @@ def read_state(folder: Path) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to, which takes its place at the end of a block that did not raise."""
     new = path.with_name(f"{path.name}.new")
     try:

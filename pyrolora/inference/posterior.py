@@ -126,7 +126,8 @@ class Posterior:
         builder = None
         order: list[int] = []
         for rows, values in runner.run(log_probabilities(self.program), data, batch_size=batch_size):
-            builder = builder or PredictionBuilder(len(data), len(values), self._class_names())
+            joint = runner.natural is None or self.guide.joint_draws
+            builder = builder or PredictionBuilder(len(data), len(values), self._class_names(), joint=joint)
             builder.add(values)
             order += rows
         columns = {name: data[name][:] for name in ("labels", "text") if name in data.column_names}

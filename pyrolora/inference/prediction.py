@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 KEPT_VALUES = 50_000_000
+SHOWN_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Prediction:
         labels: What was observed, ``(n,)``, −1 where unknown; or None.
         texts: What a person would read, one for each row, or None.
         class_names: Of the K classes.
+        joint: Whether a draw is one value of the weights, the same for every input. Not so for linearised Laplace: its
+            draws are quasi-Monte Carlo points of each input's own predictive. They average to it, but are not
+            independent, and point s of one input has nothing to do with point s of another.
 
     Source of the decomposition: Depeweg et al. 2018, section 3.
     """
@@ -45,6 +49,7 @@ class Prediction:
     labels: Tensor | None
     texts: tuple[str, ...] | None
     class_names: tuple[str, ...]
+    joint: bool = True
 
     @property
     def mean(self) -> Tensor:
@@ -58,7 +63,10 @@ class Prediction:
 
     @property
     def monte_carlo_error(self) -> Tensor:
-        """Standard error of ``mean`` from the finite number of draws, ``(n, K)``: ``√(variance / S)``."""
+        """Standard error of ``mean`` from the finite number of draws, ``(n, K)``: ``√(variance / S)``.
+
+        Far too large where the draws are not `joint`: quasi-Monte Carlo points average better than independent draws.
+        """
         return (self.variance / self.num_draws).sqrt()
 
     def __len__(self) -> int:
@@ -83,12 +91,14 @@ class Prediction:
         return datasets.Dataset.from_pandas(self.to_pandas(), preserve_index=False)
 
     def _repr_html_(self) -> str:
-        table = self.to_pandas().head(20).to_html(index=False, float_format=lambda v: f"{v:.3f}", escape=True)
-        return f"<p>{html.escape(repr(self))}</p>{table}"
+        table = self.to_pandas().head(SHOWN_ROWS).to_html(index=False, float_format=lambda v: f"{v:.3f}", escape=True)
+        more = f"<p>{SHOWN_ROWS} of {len(self)} rows; to_pandas() has all.</p>" if len(self) > SHOWN_ROWS else ""
+        return f"<p>{html.escape(repr(self))}</p>{table}{more}"
 
     def __repr__(self) -> str:
+        draws = "draws" if self.joint else "quasi-Monte Carlo points"
         return (
-            f"Prediction({len(self)} inputs, {self.log_mean.shape[1]} classes, {self.num_draws} draws; mean entropy "
+            f"Prediction({len(self)} inputs, {self.log_mean.shape[1]} classes, {self.num_draws} {draws}; mean entropy "
             f"{self.entropy.mean():.3f}, mean mutual information {self.mutual_information.mean():.4f} nats)"
         )
 
@@ -96,10 +106,11 @@ class Prediction:
 class PredictionBuilder:
     """Builds a `Prediction` batch by batch; keeps the draws only below a size."""
 
-    def __init__(self, num_inputs: int, num_draws: int, class_names: Sequence[str] = ()):
+    def __init__(self, num_inputs: int, num_draws: int, class_names: Sequence[str] = (), *, joint: bool = True):
         self.num_inputs = num_inputs
         self.num_draws = num_draws
         self.class_names = tuple(class_names)
+        self.joint = joint
         self._parts: list[dict[str, Tensor]] = []
 
     def add(self, log_probabilities: Tensor) -> None:
@@ -136,4 +147,5 @@ class PredictionBuilder:
             labels=None if labels is None else torch.as_tensor(labels),
             texts=None if texts is None else tuple(texts),
             class_names=self.class_names,
+            joint=self.joint,
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Cell = Mapping[str, Any]
+Groups = Mapping[str, Sequence[Cell]]
 
 _COUNTS = {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six", 7: "Seven", 8: "Eight", 9: "Nine", 10: "Ten"}
 
@@ -46,7 +47,14 @@ def show(value: Any, *, digits: int = 3) -> str:
         return "–"
     if math.isinf(found):
         return "∞" if found > 0 else "−∞"
-    return f"{found:.{digits}f}".replace("-", "−")
+    shown = f"{found:.{digits}f}".replace("-", "−")
+    return shown if shown.strip("−0.") else shown.lstrip("−")  # no −0.000
+
+
+def signed(value: Any, *, digits: int = 3) -> str:
+    """A difference for a person: as `show`, with a plus where it is above zero."""
+    shown = show(value, digits=digits)
+    return f"+{shown}" if shown.strip("0.")[:1].isdigit() or shown == "∞" else shown
 
 
 def spread_of(cells: Iterable[Cell], metric: str, *, scaled: bool = False) -> Spread:
@@ -92,9 +100,7 @@ def apart(first: Spread, second: Spread) -> bool:
     return first.high < second.low or second.high < first.low
 
 
-def best(
-    groups: Mapping[str, Sequence[Cell]], metric: str, *, scaled: bool = False, highest: bool = False
-) -> str | None:
+def best(groups: Groups, metric: str, *, scaled: bool = False, highest: bool = False) -> str | None:
     """The method with the best finite mean, or None if no method has one."""
     means = {name: spread_of(cells, metric, scaled=scaled).mean for name, cells in groups.items()}
     known = {name: mean for name, mean in means.items() if mean is not None and math.isfinite(mean)}
@@ -116,29 +122,31 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
     spreads = {name: spread_of(cells, "nll") for name, cells in groups.items()}
     lowest = f"{winner} has the lowest negative log-likelihood (NLL), {show(spreads[winner].mean)} nats per example"
     if winner != baseline and baseline in groups:
-        verdict = _verdict(groups, "nll", winner, baseline)
+        verdict = _verdict(results, groups, "nll", winner, baseline)
         said.append(f"{lowest} against {show(spreads[baseline].mean)} for {baseline}; {verdict}.")
         said += [
-            _against(groups, metric, words, winner, baseline)
+            _against(results, groups, metric, words, winner, baseline)
             for metric, words in (("ece", "ECE"), ("accuracy", "accuracy"))
         ]
     else:
         said.append(f"{lowest}.")
     rivals = [name for name in groups if name not in (winner, baseline) and not apart(spreads[winner], spreads[name])]
     if winner == baseline:
-        undecided = [name for name in groups if name != winner and not apart(spreads[winner], spreads[name])]
+        undecided = [name for name in groups if name != winner and not _real(results, groups, "nll", name, baseline)]
         if undecided:
-            said.append(f"The NLL intervals do not separate it from {_listing(undecided)}.")
+            said.append(f"Its NLL is not really different from that of {_listing(undecided)}.")
     elif rivals:
         said.append(f"The NLL intervals do not separate {winner} from {_listing(rivals)}.")
     said += _calibrated(groups, winner)
-    said += _scaling(groups, winner, baseline)
+    said += _scaling(results, groups, winner, baseline)
+    said += _averaging(groups)
+    said += _elsewhere(groups)
     if max(spread.count for spread in spreads.values()) < 2:
         said.append("Only one seed was run, so how much a repetition would change these numbers is unknown.")
     return [sentence for sentence in said if sentence]
 
 
-def _opening(results: Mapping[str, Any], groups: Mapping[str, Sequence[Cell]]) -> str:
+def _opening(results: Mapping[str, Any], groups: Groups) -> str:
     split, task = reported_split(results), results.get("task") or {}
     size = (task.get("splits") or {}).get(split)
     examples = f"{size} {split} examples" if size else f"the {split} split"
@@ -149,19 +157,43 @@ def _opening(results: Mapping[str, Any], groups: Mapping[str, Sequence[Cell]]) -
     return f"{methods} evaluated on {examples}{name}, {'once' if runs == 1 else f'with {runs} seeds'}."
 
 
-def _against(groups: Mapping[str, Sequence[Cell]], metric: str, words: str, name: str, other: str) -> str:
+def _against(results: Mapping[str, Any], groups: Groups, metric: str, words: str, name: str, other: str) -> str:
     ours, theirs = spread_of(groups[name], metric), spread_of(groups[other], metric)
     if ours.mean is None or theirs.mean is None:
         return ""
-    return f"Its {words} is {show(ours.mean)} against {show(theirs.mean)}; {_verdict(groups, metric, name, other)}."
+    verdict = _verdict(results, groups, metric, name, other)
+    return f"Its {words} is {show(ours.mean)} against {show(theirs.mean)}; {verdict}."
 
 
-def _verdict(groups: Mapping[str, Sequence[Cell]], metric: str, name: str, other: str) -> str:
+def _contrast(results: Mapping[str, Any], metric: str, name: str, *, scaled: bool = False) -> Mapping[str, Any] | None:
+    """The difference of a method, as fitted, from the baseline, as fitted or scaled; None where none was taken."""
+    for each in results.get("contrasts") or []:
+        same = each.get("method") == name and each.get("split") == reported_split(results)
+        if same and not each.get("scaled") and bool(each.get("baseline_scaled")) == scaled:
+            found = (each.get("metrics") or {}).get(metric) or {}
+            return found if number(found.get("low")) is not None else None
+    return None
+
+
+def _real(results: Mapping[str, Any], groups: Groups, metric: str, name: str, baseline: str) -> bool:
+    """Whether a method really differs from the baseline: by the interval of the difference, else by two intervals."""
+    found = _contrast(results, metric, name)
+    if found is not None:
+        return bool(found.get("real"))
+    return apart(spread_of(groups[name], metric), spread_of(groups[baseline], metric))
+
+
+def _verdict(results: Mapping[str, Any], groups: Groups, metric: str, name: str, other: str) -> str:
+    found = _contrast(results, metric, name)
+    if found is not None:
+        ends = f"{signed(found['low'])} to {signed(found['high'])}"
+        kind = "real" if found.get("real") else "undecided"
+        return f"the difference is {kind} (95 % interval {ends})"
     separate = apart(spread_of(groups[name], metric), spread_of(groups[other], metric))
     return "the 95 % intervals do not overlap" if separate else "the 95 % intervals overlap, so this is undecided"
 
 
-def _calibrated(groups: Mapping[str, Sequence[Cell]], winner: str) -> list[str]:
+def _calibrated(groups: Groups, winner: str) -> list[str]:
     lowest = best(groups, "ece")
     if lowest is None or lowest == winner:
         return []
@@ -170,7 +202,7 @@ def _calibrated(groups: Mapping[str, Sequence[Cell]], winner: str) -> list[str]:
     return [f"The lowest ECE is that of {lowest}, {show(ours.mean)}{verdict}."]
 
 
-def _scaling(groups: Mapping[str, Sequence[Cell]], winner: str, baseline: str) -> list[str]:
+def _scaling(results: Mapping[str, Any], groups: Groups, winner: str, baseline: str) -> list[str]:
     scaled_winner = best(groups, "nll", scaled=True)
     if scaled_winner is None:
         return []
@@ -178,8 +210,9 @@ def _scaling(groups: Mapping[str, Sequence[Cell]], winner: str, baseline: str) -
     control = spread_of(groups.get(baseline, []), "nll", scaled=True)
     ours = spread_of(groups[winner], "nll")
     if winner != baseline and control.mean is not None and ours.mean is not None:
-        if not apart(ours, control):
-            verdict = f"which the intervals do not separate from {winner} as fitted"
+        found = _contrast(results, "nll", winner, scaled=True)
+        if not (apart(ours, control) if found is None else found.get("real")):
+            verdict = f"which is not really different from {winner} as fitted"
         elif control.mean < ours.mean:
             verdict = f"better than {winner} as fitted"
         else:
@@ -187,6 +220,48 @@ def _scaling(groups: Mapping[str, Sequence[Cell]], winner: str, baseline: str) -
         said.append(f"Temperature scaling alone brings {baseline} to an NLL of {show(control.mean)}, {verdict}.")
     mean = spread_of(groups[scaled_winner], "nll", scaled=True).mean
     said.append(f"With every method scaled, {scaled_winner} is lowest at {show(mean)}.")
+    return said
+
+
+def _averaging(groups: Groups) -> list[str]:
+    """Whether averaging over draws does anything, method by method."""
+    idle, moved = [], []
+    for name, cells in groups.items():
+        known = [cell["averaging"] for cell in cells if cell.get("averaging")]
+        before = [number(each.get("mean_weights")) for each in known]
+        start = [value for value in before if value is not None]
+        if not start:
+            continue
+        if any((each.get("gain") or {}).get("real") for each in known):
+            now = spread_of(cells, "nll").mean
+            moved.append(f"that of {name} from {show(math.fsum(start) / len(start))} to {show(now)}")
+        else:
+            idle.append(name)
+    said = []
+    if moved:
+        said.append(f"Averaging over draws, against mean weights alone, changes the NLL: {_listing(moved)}.")
+    if idle:
+        said.append(f"For {_listing(idle)} averaging changes nothing that these examples show: the noise does nothing.")
+    return said
+
+
+def _elsewhere(groups: Groups) -> list[str]:
+    """How well the best score tells each other split apart."""
+    best_by_split: dict[str, tuple[float, str]] = {}
+    for name, cells in groups.items():
+        for split in dict.fromkeys(split for cell in cells for split in cell.get("ood") or {}):
+            for score in ("max_probability", "entropy", "mutual_information"):
+                entries = [((cell.get("ood") or {}).get(split) or {}).get("scores") or {} for cell in cells]
+                area = spread_of([{"metrics": each.get(score)} for each in entries], "auroc").mean
+                found = (area if area is not None else -1.0, f"{name}, by {score.replace('_', ' ')}")
+                best_by_split[split] = max(best_by_split.get(split, (-1.0, "")), found)
+    said = []
+    for split, (area, who) in best_by_split.items():
+        best_of = f"an AUROC of at most {show(area, digits=2)} ({who})"
+        if area >= 0.5:
+            said.append(f"Uncertainty tells {split} apart with {best_of}; 0.5 is chance.")
+        elif area >= 0:
+            said.append(f"No method is less sure of {split} than of the rest: {best_of}, where 0.5 is chance.")
     return said
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
-from torchmetrics.functional.classification import multiclass_calibration_error
+from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
-from pyrolora.diagnostics import calibration
+from pyrolora.diagnostics import bootstrap, calibration
 
 
 def predictive(
@@ -91,6 +91,32 @@ def test_adaptive_ece_agrees_with_slices_of_the_sorted_examples(n):
     assert calibration.adaptive_calibration_error(values, labels) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("num_bins", [1, 10, 15])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_classwise_ece_agrees_with_torchmetrics_and_a_loop(classes, num_bins):
+    """Class-wise ECE is the mean of torchmetrics' binary errors, each class against the rest, and of a loop's."""
+    values, labels = predictive(classes=classes)
+    theirs, loops = [], []
+    for k in range(classes):
+        probabilities, hits = torch.tensor(np.exp(values[:, k])), torch.tensor(labels == k)
+        theirs.append(float(binary_calibration_error(probabilities, hits.long(), n_bins=num_bins)))
+        gaps = [0.0] * num_bins
+        for p, hit in zip(probabilities.tolist(), hits.tolist(), strict=True):
+            gaps[next(m for m in range(num_bins) if p <= (m + 1) / num_bins + 1e-12)] += hit - p
+        loops.append(sum(map(abs, gaps)) / len(labels))
+    ours = calibration.classwise_calibration_error(values, labels, num_bins=num_bins)
+    assert ours == pytest.approx(np.mean(theirs), abs=1e-6)
+    assert ours == pytest.approx(np.mean(loops), abs=1e-12)
+
+
+def test_classwise_ece_sees_what_the_top_class_hides():
+    """Swapping the two small probabilities leaves every top-class error at 0, and not the class-wise one."""
+    labels = [0] * 8 + [1] * 2
+    values = np.log(np.full((10, 3), [0.8, 0.0 + 1e-12, 0.2 - 1e-12]))
+    assert calibration.expected_calibration_error(values, labels) == pytest.approx(0, abs=1e-9)
+    assert calibration.classwise_calibration_error(values, labels) == pytest.approx((0.2 + 0.2) / 3, abs=1e-9)
+
+
 def test_metrics_do_not_depend_on_row_order_with_ties():
     """A permutation of the examples changes no metric, even when most confidences are tied."""
     rng = np.random.default_rng(3)
@@ -104,7 +130,7 @@ def test_metrics_do_not_depend_on_row_order_with_ties():
 def test_tied_confidences_share_one_bin():
     """With all confidences equal both calibration errors are |accuracy − confidence|."""
     values, labels = np.log(np.full((50, 2), [0.7, 0.3])), np.array([0] * 30 + [1] * 20)
-    for name in ("ece", "adaptive_ece", "mce"):
+    for name in ("ece", "adaptive_ece", "mce", "classwise_ece"):
         assert calibration.METRICS[name](values, labels) == pytest.approx(0.1)
 
 
@@ -128,7 +154,7 @@ def test_certain_predictions():
     with np.errstate(divide="ignore"):
         values = np.log(np.eye(3))
     assert {name: metric(values, [0, 1, 2]) for name, metric in calibration.METRICS.items()} == {
-        "accuracy": 1, "nll": 0, "brier": 0, "ece": 0, "adaptive_ece": 0, "mce": 0
+        "accuracy": 1, "nll": 0, "brier": 0, "ece": 0, "adaptive_ece": 0, "mce": 0, "classwise_ece": 0
     }  # fmt: skip
     assert calibration.negative_log_likelihood(values, [0, 1, 0]) == math.inf
     assert calibration.brier_score(values, [1, 2, 0]) == 2
@@ -145,7 +171,7 @@ def test_one_class_and_one_example():
     """One class is always right; a single example has accuracy 0 or 1 and a point interval."""
     assert calibration.METRICS["brier"](np.zeros((3, 1)), [0, 0, 0]) == 0
     single = calibration.evaluate(np.log([[0.2, 0.8]]), [1], num_bootstrap=50)
-    assert single["accuracy"] == calibration.Estimate(1.0, 1.0, 1.0)
+    assert single["accuracy"] == bootstrap.Estimate(1.0, 1.0, 1.0)
     assert single["nll"].low == single["nll"].high == pytest.approx(-math.log(0.8))
     assert single["ece"].value == single["ece"].low == pytest.approx(0.2)
 
@@ -196,7 +222,7 @@ def test_the_bootstrap_recomputes_each_metric_on_each_resample():
         ordered = sorted(metric(values[row], labels[row]) for row in rows)
         low, high = ordered[math.ceil(0.025 * 80) - 1], ordered[math.ceil(0.975 * 80) - 1]
         value = metric(values, labels)
-        if name in ("ece", "adaptive_ece", "mce"):
+        if name in ("ece", "adaptive_ece", "mce", "classwise_ece"):
             low, high = max(0, 2 * value - high), max(0, 2 * value - low)
         assert found[name].value == pytest.approx(value)
         assert (found[name].low, found[name].high) == pytest.approx((low, high))
@@ -206,7 +232,7 @@ def test_chunks_do_not_change_the_bootstrap(monkeypatch):
     """The intervals are the same however many resamples are gathered at once."""
     values, labels = predictive(n=50)
     whole = calibration.evaluate(values, labels, num_bootstrap=30)
-    monkeypatch.setattr(calibration, "_CHUNK", 120)
+    monkeypatch.setattr(bootstrap, "_CHUNK", 120)
     assert calibration.evaluate(values, labels, num_bootstrap=30) == whole
     assert calibration.evaluate(values, labels, num_bootstrap=30, seed=1) != whole
 
@@ -253,4 +279,4 @@ def test_the_curve_and_estimates_are_json():
     again = json.loads(json.dumps(curve, allow_nan=False))
     assert [len(again[key]) for key in ("edges", "confidence", "accuracy", "count")] == [16, 15, 15, 15]
     assert again["accuracy"][0] is None and sum(again["count"]) == 2
-    assert calibration.Estimate(1.0, 0.5, 2.0).to_dict() == {"value": 1.0, "low": 0.5, "high": 2.0}
+    assert bootstrap.Estimate(1.0, 0.5, 2.0).to_dict() == {"value": 1.0, "low": 0.5, "high": 2.0}

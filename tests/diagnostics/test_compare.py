@@ -1,36 +1,20 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 
-from pyrolora.diagnostics.compare import MAIN, Comparison, compare, evaluate_posterior, fit_scaling, interesting
-from pyrolora.guides.base import Guide
+from pyrolora.diagnostics.calibration import resampled
+from pyrolora.diagnostics.compare import Comparison, compare
+from pyrolora.diagnostics.differences import difference
+from pyrolora.diagnostics.evaluation import MAIN, evaluate_posterior, fit_scaling
+from pyrolora.diagnostics.temperature import scale
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.posterior import Posterior
-from pyrolora.inference.prediction import Prediction, PredictionBuilder
-from tests.programs import sentence_task, tiny_program
+from tests.programs import relabelled, sentence_task, untrained
 
 TASK = sentence_task()
-
-
-def posterior(guide: Guide) -> Posterior:
-    """An untrained posterior: as bound, with some weights moved off zero so that draws differ."""
-    program = tiny_program()
-    guide.bind(program)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in guide.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return Posterior(program, guide)
-
-
-def relabelled(data: Dataset, label: int) -> Dataset:
-    return data.remove_columns("labels").add_column("labels", [label] * len(data))
 
 
 def nll(log_mean: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> float:
@@ -40,12 +24,12 @@ def nll(log_mean: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> f
 
 @pytest.fixture(scope="module")
 def field() -> Posterior:
-    return posterior(MeanField(random="*"))
+    return untrained(MeanField(random="*"))
 
 
 def test_one_evaluator(field: Posterior) -> None:
     """Law: every posterior is scored on the same rows, with the same metrics and the same draws at every call."""
-    found = compare({"map": posterior(MAP()), "field": field}, TASK.test, num_draws=4).evaluations
+    found = compare({"map": untrained(MAP()), "field": field}, TASK.test, num_draws=4).evaluations
     again = compare({"field": field}, TASK.test, num_draws=4).evaluations
     assert found["map"].metrics.keys() == found["field"].metrics.keys() >= set(MAIN)
     assert found["map"].num_examples == found["field"].num_examples == len(TASK.test)
@@ -53,17 +37,6 @@ def test_one_evaluator(field: Posterior) -> None:
     assert again["field"].metrics == found["field"].metrics
     other = compare({"field": field}, TASK.test, num_draws=4, seed=1).evaluations
     assert other["field"].metrics["nll"].value != found["field"].metrics["nll"].value
-
-
-def test_metrics_are_of_the_mean_predictive(field: Posterior) -> None:
-    """Law: NLL and accuracy are those of probabilities averaged over draws, computed by hand."""
-    found = evaluate_posterior(field, TASK.test, num_draws=4)
-    draws = field.predict(TASK.test, 4).draws
-    assert draws is not None
-    mean, labels = draws.exp().mean(0).numpy(), np.array(TASK.test["labels"])
-    assert found.metrics["nll"].value == pytest.approx(nll(np.log(mean), labels), rel=1e-5)
-    assert found.metrics["accuracy"].value == pytest.approx((mean.argmax(-1) == labels).mean())
-    assert found.scaling is None and found.scaled_metrics is None
 
 
 def test_scaling_is_fitted_on_validation(field: Posterior) -> None:
@@ -92,34 +65,6 @@ def test_reported_labels_choose_nothing(field: Posterior) -> None:
     assert fit_scaling(field, TASK.validation, num_draws=2) == first
 
 
-def test_examples_of_interest(field: Posterior) -> None:
-    """Law: examples carry text, label, mean and draws; wrong ones come first, the most confident before the others."""
-    prediction = field.predict(TASK.test, 4)
-    rows = interesting(prediction, count=3)
-    assert prediction.texts is not None and prediction.labels is not None
-    for row in rows:
-        assert row["text"] in prediction.texts
-        assert np.shape(row["draws"]) == (4, 2)
-        assert np.allclose(np.mean(row["draws"], 0), row["probabilities"], atol=1e-5)
-    wrong = [bool(np.argmax(row["probabilities"]) != row["label"]) for row in rows]
-    errors = int((prediction.mean.argmax(-1) != prediction.labels).sum())
-    assert sum(wrong[: min(3, errors)]) == min(3, errors) > 0
-    confidence = [max(row["probabilities"]) for row in rows[: min(3, errors)]]
-    assert confidence == sorted(confidence, reverse=True)
-    most = prediction.mutual_information.max().item()
-    assert max(row["mutual_information"] for row in rows) == pytest.approx(most)
-    json.dumps(rows)
-
-
-def test_no_wrong_example_where_all_are_right() -> None:
-    """Law: without errors only doubt makes an example interesting, and one with both is listed once."""
-    builder = PredictionBuilder(3, 2)
-    builder.add(torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.8, 0.2]], [[0.9, 0.1], [0.95, 0.05], [0.7, 0.3]]]).log())
-    for labels in ([0, 0, 0], [0, 1, 0]):
-        made = builder.build(torch.arange(3), {"labels": labels, "text": ["a", "b", "c"]})
-        assert [row["text"] for row in interesting(made, count=2)] == ["b", "c"]
-
-
 def test_shows_itself(field: Posterior) -> None:
     """Law: a comparison is a table: a row for each method and for each scaled predictive, in text and in HTML."""
     comparison = compare({"a <b>": field}, TASK.test, validation=TASK.validation, num_draws=2)
@@ -133,24 +78,48 @@ def test_shows_itself(field: Posterior) -> None:
     assert "a &lt;b&gt;" in comparison._repr_html_() and "<b>" not in comparison._repr_html_()
 
 
-def test_an_evaluation_is_json(field: Posterior) -> None:
-    """Law: to_dict survives JSON unchanged."""
-    found = evaluate_posterior(field, TASK.test, scaling=2.0, num_draws=2).to_dict()
-    assert json.loads(json.dumps(found)) == found
+def test_differences_are_of_the_same_resamples(field: Posterior) -> None:
+    """Law: contrasts are the paired differences of metrics that are computed anew from the predictions."""
+    point = untrained(MAP())
+    found = compare({"point": point, "field": field}, TASK.test, validation=TASK.validation, num_draws=4)
+    pairs = [(each.method, each.scaled, each.baseline, each.baseline_scaled) for each in found.contrasts]
+    assert pairs == [
+        ("point", True, "point", False),
+        ("field", False, "point", False),
+        ("field", False, "point", True),
+        ("field", True, "point", True),
+    ]
+    labels = np.array(TASK.test["labels"])
+    tau = found.evaluations["point"].scaling
+    ours = resampled(field.predict(TASK.test, 4).log_mean.numpy(), labels)
+    theirs = resampled(scale(point.predict(TASK.test).log_mean.numpy(), tau), labels)
+    for metric in ("accuracy", "nll", "classwise_ece"):
+        assert found.contrasts[2].metrics[metric] == difference({0: ours[metric]}, {0: theirs[metric]})
+    table = found.differences()
+    assert len(table) == sum(len(each.metrics) for each in found.contrasts)
+    row = table[(table.method == "field") & (table.baseline == "point, scaled") & (table.metric == "nll")].iloc[0]
+    assert row.difference == found.contrasts[2].metrics["nll"].value and row.low < row.difference < row.high
 
 
-def test_an_evaluation_reads_as_a_table(field: Posterior) -> None:
-    """Law: each metric is a line with its value, interval and scaled value; τ is named where there is one."""
-    found = evaluate_posterior(field, TASK.test, scaling=2.0, num_draws=2)
-    head, *rows = str(found).splitlines()
-    assert "τ = 2.00" in head and "12 examples" in head
-    assert [row.split()[0] for row in rows] == list(found.metrics)
-    assert found.scaled_metrics is not None
-    nll = found.metrics["nll"]
-    line = next(row for row in rows if row.startswith("  nll"))
-    for number in (nll.value, nll.low, nll.high, found.scaled_metrics["nll"].value):
-        assert f"{number:.4f}" in line
-    assert "τ" not in str(evaluate_posterior(field, TASK.test, num_draws=2))
+def test_the_baseline_is_named(field: Posterior) -> None:
+    """Law: the first posterior is the baseline unless another is named; an unknown name is refused."""
+    posteriors = {"one": untrained(MAP()), "two": field}
+    assert {each.baseline for each in compare(posteriors, TASK.test, num_draws=2).contrasts} == {"one"}
+    (only,) = compare(posteriors, TASK.test, num_draws=2, baseline="two").contrasts
+    assert (only.method, only.baseline) == ("one", "two")
+    with pytest.raises(ValueError, match="'three' is none of the posteriors one, two"):
+        compare(posteriors, TASK.test, baseline="three")
+
+
+def test_a_notebook_shows_intervals_and_verdicts(field: Posterior) -> None:
+    """Law: the HTML table has values with intervals, the numbers of examples and draws, and says what is undecided."""
+    comparison = compare({"point": untrained(MAP()), "field": field, "same": field}, TASK.test, num_draws=4)
+    page = comparison._repr_html_()
+    nll = comparison.evaluations["field"].metrics["nll"]
+    assert f"{nll.value:.3f} [{nll.low:.3f}, {nll.high:.3f}]" in page
+    assert "12 examples, 1 or 4 draws" in page and "field against point: accuracy" in page
+    again = compare({"field": field, "same": field}, TASK.test, num_draws=4)._repr_html_()
+    assert "nll +0.000 [+0.000, +0.000] (undecided)" in again
 
 
 def test_nothing_to_score(field: Posterior) -> None:
@@ -161,11 +130,3 @@ def test_nothing_to_score(field: Posterior) -> None:
         evaluate_posterior(field, relabelled(TASK.test, -1), num_draws=2)
     with pytest.raises(ValueError, match="nothing to compare"):
         compare({}, TASK.test)
-
-
-def test_without_texts_no_examples() -> None:
-    """Law: a prediction without texts or labels has no examples to show."""
-    builder = PredictionBuilder(1, 1)
-    builder.add(torch.tensor([[[0.5, 0.5]]]).log())
-    made: Prediction = builder.build(torch.arange(1), {"labels": [0]})
-    assert interesting(made) == []

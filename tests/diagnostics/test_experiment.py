@@ -1,17 +1,18 @@
 from __future__ import annotations
 
-import copy
 import json
 import logging
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from pyrolora.diagnostics import experiment
-from pyrolora.diagnostics.compare import MAIN, evaluate_posterior, fit_scaling
-from pyrolora.diagnostics.experiment import check_methods, run, table
+from pyrolora.diagnostics import cells
+from pyrolora.diagnostics.evaluation import MAIN, evaluate_posterior, fit_scaling
+from pyrolora.diagnostics.experiment import plan, run
 from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
 from pyrolora.priors.flat import Flat
@@ -32,32 +33,38 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append("LoRA" if flat else type(guide).__name__)
         return fit(program, guide, **options)
 
-    monkeypatch.setattr(experiment, "fit", counted)
+    monkeypatch.setattr(cells, "fit", counted)
     return done
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.fixture(scope="module")
-def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A whole comparison: its folder and its results. Read only."""
-    output = tmp_path_factory.mktemp("compare")
-    return output, run(Recipe.read(recipe), METHODS, seeds=[0, 1], output=output, num_draws=4)
-
-
 def go(path: Path, output: Path, methods: list[str] | None = None, **options: Any) -> dict[str, Any]:
-    return run(Recipe.read(path), methods or ["MAP"], **{"seeds": [0], "num_draws": 2, **options}, output=output)
+    return run([Recipe.read(path)], methods or ["MAP"], **{"seeds": [0], "num_draws": 2, **options}, output=output)
 
 
-def test_plain_lora_is_the_baseline_and_first() -> None:
+def names(*recipes: Recipe, guides: tuple[str, ...] = ("MAP",), **options: Any) -> list[str]:
+    return [method.name for method in plan(recipes, guides, **options)]
+
+
+def test_plain_lora_is_first(recipe: Path) -> None:
     """Law: LoRA comes first, once, whatever else is asked for; unknown names list the right ones."""
-    assert check_methods(["MeanField", "MAP", "MeanField"]) == ["LoRA", "MeanField", "MAP"]
-    assert check_methods(["MAP", "LoRA"]) == ["LoRA", "MAP"]
+    one = Recipe.read(recipe)
+    assert names(one, guides=("MeanField", "MAP", "MeanField")) == ["LoRA", "MeanField", "MAP"]
+    assert names(one, guides=("MAP", "LoRA")) == ["LoRA", "MAP"]
     with pytest.raises(RecipeError, match=r"'Meanfield'; there are LoRA, MAP, Inducing, Laplace, MeanField"):
-        check_methods(["Meanfield"])
+        names(one, guides=("Meanfield",))
+    with pytest.raises(RecipeError, match="nothing to compare"):
+        names()
+
+
+def test_several_recipes_are_told_apart(tmp_path: Path) -> None:
+    """Law: methods of several recipes bear the recipe's name; plain LoRA is repeated only where it is another one, and
+    two files of one name are refused."""
+    first = Recipe.read(write_recipe(tmp_path))
+    narrow = replace(first, priors={"*": "Flat"}, path=tmp_path / "narrow.yaml")
+    longer = replace(first, training={"max_steps": 9}, path=tmp_path / "longer.yaml")
+    assert names(first, narrow, longer) == ["tiny: LoRA", "tiny: MAP", "narrow: MAP", "longer: LoRA", "longer: MAP"]
+    with pytest.raises(RecipeError, match="two methods are called 'tiny-MAP'"):
+        names(first, replace(narrow, path=tmp_path / "elsewhere" / "tiny.yaml"))
 
 
 def test_every_method_seed_and_labelled_split_is_a_cell(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -104,12 +111,11 @@ def test_results_have_the_form_of_the_report(finished: tuple[Path, dict[str, Any
     """Law: what is returned is what results.json holds, and the report renders every method, split and prior of it."""
     output, results = finished
     assert json.loads((output / "results.json").read_text()) == results
-    assert {"title", "task", "settings", "cells", "format", "baseline"} == results.keys()
+    assert {"title", "task", "settings", "cells", "format", "baseline", "contrasts", "examples"} == results.keys()
     for cell in results["cells"]:
-        assert cell["cost"].keys() == {"fit_seconds", "predict_seconds", "parameters", "passes"}
+        assert cell["cost"].keys() == {"fit_seconds", "fit_memory", "predict_seconds", "parameters", "passes"}
         assert cell["description"] and cell["cost"]["fit_seconds"] > 0
         assert cell["cost"]["passes"] == (4 if cell["method"] == "MeanField" else 1)
-        assert all(example["text"] and example["draws"] for example in cell["examples"])
     page = render(results)
     for text in ("LoRA", "MAP", "MeanField", "far", "Normal(scale=0.1)", "an independent Normal for every weight"):
         assert text in page
@@ -119,8 +125,10 @@ def test_progress_is_told(recipe: Path, tmp_path: Path, caplog: pytest.LogCaptur
     """Law: each fit is announced with its number, method and seed."""
     with caplog.at_level(logging.INFO, logger="pyrolora"):
         go(recipe, tmp_path, seeds=[3])
+        go(recipe, tmp_path, seeds=[3])
     assert "[1/2] LoRA, seed 3: fitting" in caplog.messages
     assert "[2/2] MAP, seed 3: fitting" in caplog.messages
+    assert "MAP, seed 3: finished before" in caplog.messages
 
 
 def test_finished_fits_are_not_repeated(recipe: Path, tmp_path: Path, fits: list[str]) -> None:
@@ -132,52 +140,69 @@ def test_finished_fits_are_not_repeated(recipe: Path, tmp_path: Path, fits: list
     assert [cell for cell in more["cells"] if cell["seed"] == 0 and cell["method"] != "MeanField"] == first["cells"]
 
 
-def test_a_damaged_cell_is_fitted_again(recipe: Path, tmp_path: Path, fits: list[str]) -> None:
-    """Law: a cell file that is truncated, foreign or of another experiment counts for nothing."""
-    whole = go(recipe, tmp_path, ["LoRA"])
+def test_what_is_damaged_is_made_again(recipe: Path, tmp_path: Path, fits: list[str]) -> None:
+    """Law: a cell file that is truncated, foreign or of another experiment counts for nothing, and is made again from
+    the posterior; a damaged posterior is fitted again."""
+    whole = go(recipe, tmp_path)
     path = tmp_path / "cells" / "LoRA-seed0.json"
     for text in (path.read_text()[:-9], "[]", '{"key": "another", "cells": []}'):
         fits.clear()
         path.write_text(text)
-        again = go(recipe, tmp_path, ["LoRA"])
-        assert fits == ["LoRA"]
+        again = go(recipe, tmp_path)
+        assert fits == []
         assert [cell["metrics"] for cell in again["cells"]] == [cell["metrics"] for cell in whole["cells"]]
+    for damaged in (path.with_suffix(".safetensors"), tmp_path / "LoRA-seed0" / "posterior.safetensors"):
+        damaged.write_bytes(damaged.read_bytes()[:-9])
+    path.unlink()
+    again = go(recipe, tmp_path)
+    assert fits == ["LoRA"]
+    assert [cell["metrics"] for cell in again["cells"]] == [cell["metrics"] for cell in whole["cells"]]
 
 
-def test_what_a_cell_depends_on(tmp_path: Path, fits: list[str]) -> None:
-    """Law: another prior, data row or number of draws fits anew; another guide's options do not."""
+def test_what_a_fit_and_an_evaluation_depend_on(tmp_path: Path, fits: list[str]) -> None:
+    """Law: another prior or training row fits anew, LoRA only for the row; another test row or number of draws only
+    evaluates anew; another guide's options do neither."""
     folder, output = tmp_path / "recipe", tmp_path / "out"
-    go(write_recipe(folder), output, ["LoRA"])
-    go(write_recipe(folder, guides={"MeanField": {"init_scale": 0.5}}), output, ["LoRA"])
-    assert len(fits) == 1
-    go(write_recipe(folder, priors={**CONTENT["priors"], "*.A": "Flat"}), output, ["LoRA"])
-    assert len(fits) == 2
-    go(write_recipe(folder, priors={**CONTENT["priors"], "*.A": "Flat"}), output, ["LoRA"], num_draws=3)
-    assert len(fits) == 3
-    with (folder / "test.jsonl").open("a") as file:
-        file.write('{"text": "a warm house", "label": 1}\n')
-    go(write_recipe(folder, priors={**CONTENT["priors"], "*.A": "Flat"}), output, ["LoRA"], num_draws=3)
-    assert len(fits) == 4
+    first = go(write_recipe(folder), output)
+
+    def change(fitted: list[str], evaluated: bool = True, **changes: Any) -> None:
+        nonlocal first
+        fits.clear()
+        options = {"num_draws": changes.pop("num_draws", 2)}
+        again = go(write_recipe(folder, **changes), output, **options)
+        assert fits == fitted
+        cost = [[cell["cost"]["predict_seconds"] for cell in results["cells"]] for results in (first, again)]
+        assert (cost[0] != cost[1]) == evaluated
+        first = again
+
+    change([], evaluated=False, guides={"MeanField": {"init_scale": 0.5}})
+    other = {**CONTENT["priors"], "*.A": "Flat"}
+    change(["MAP"], priors=other)
+    change([], priors=other, num_draws=3)
+    for split, fitted in (("test", []), ("train", ["LoRA", "MAP"])):
+        with (folder / f"{split}.jsonl").open("a") as file:
+            file.write('{"text": "a warm house", "label": 1}\n')
+        change(fitted, priors=other)
 
 
 def test_an_interruption_keeps_what_is_finished(
     recipe: Path, tmp_path: Path, fits: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Law: killed in its third fit, a comparison can be reported as far as it came, and goes on from there."""
-    counted = experiment.fit
+    counted = cells.fit
 
     def killed(*arguments: Any, **options: Any) -> Posterior:
         if len(fits) == 2:
             raise KeyboardInterrupt
         return counted(*arguments, **options)
 
-    monkeypatch.setattr(experiment, "fit", killed)
+    monkeypatch.setattr(cells, "fit", killed)
     with pytest.raises(KeyboardInterrupt):
         go(recipe, tmp_path, METHODS)
     part = json.loads((tmp_path / "results.json").read_text())
     assert {cell["method"] for cell in part["cells"]} == {"LoRA", "MAP"}
     assert "MAP" in render(part)
-    monkeypatch.setattr(experiment, "fit", counted)
+    monkeypatch.setattr(cells, "fit", counted)
     assert len(go(recipe, tmp_path, METHODS)["cells"]) == 6
     assert fits == ["LoRA", "MAP", "MeanField"]
 
@@ -188,6 +213,12 @@ def test_stops_before_the_first_fit(tmp_path: Path, fits: list[str]) -> None:
     path = write_recipe(tmp_path)
     with pytest.raises(RecipeError, match="unknown guide 'Laplac'"):
         go(path, tmp_path / "out", ["Laplac"])
+    with pytest.raises(RecipeError, match="the baseline 'MeanField' is none of the methods LoRA, MAP"):
+        go(path, tmp_path / "out", baseline="MeanField")
+    with pytest.raises(RecipeError, match="--processes is at least 1"):
+        go(path, tmp_path / "out", processes=0)
+    with pytest.raises(RecipeError, match="nothing would be fitted but plain LoRA"):
+        run([Recipe.read(path)], [], seeds=[0], output=tmp_path / "out")
     path = write_recipe(tmp_path, guides={"MeanField": {"noise": "none"}})
     with pytest.raises(RecipeError, match='noise is "weight" or "example"'):
         go(path, tmp_path / "out", METHODS)
@@ -210,20 +241,64 @@ def test_recipe_beside_each_posterior_stands_alone(finished: tuple[Path, dict[st
     assert Path(yaml.safe_load((output / "MAP-seed0" / "recipe.yaml").read_text())["base"]).is_absolute()
 
 
-def test_table_has_means_over_seeds(finished: tuple[Path, dict[str, Any]]) -> None:
-    """Law: the plain table has a row for each method and split: means over seeds, as fitted and scaled; null is ∞."""
-    _, results = finished
-    lines = table(results).splitlines()
-    assert [line.split()[0] for line in lines if line] == [
-        word for split in ("test:", "far:") for word in (split, "accuracy", "LoRA", "MAP", "MeanField")
+def test_another_baseline(recipe: Path, tmp_path: Path) -> None:
+    """Law: any method can be the baseline; the others are compared with it, LoRA too."""
+    results = go(recipe, tmp_path, baseline="MAP")
+    assert results["baseline"] == "MAP"
+    found = {(each["method"], each["baseline"]) for each in results["contrasts"]}
+    assert found == {("LoRA", "MAP"), ("MAP", "MAP")}
+
+
+def test_saved_posteriors_are_evaluated_as_they_are(
+    finished: tuple[Path, dict[str, Any]], recipe: Path, tmp_path: Path, fits: list[str]
+) -> None:
+    """Law: posteriors from folders have the numbers of the comparison that fitted them, beside new fits or alone."""
+    output, before = finished
+    folders = [output / "LoRA-seed0", output / "MeanField-seed1"]
+    alone = run([], [], seeds=[], output=tmp_path / "alone", posteriors=folders, num_draws=4)
+    assert fits == []
+    assert alone["baseline"] == "LoRA-seed0" and alone["settings"]["recipes"] == []
+    assert [(cell["method"], cell["seed"]) for cell in alone["cells"] if cell["split"] == "test"] == [
+        ("LoRA-seed0", 0),
+        ("MeanField-seed1", 1),
     ]
-    cells = [c for c in results["cells"] if (c["method"], c["split"]) == ("MeanField", "test")]
-    means = [
-        f"{sum(cell[kind][metric]['value'] for cell in cells) / 2:.3f}"
-        for metric in MAIN
-        for kind in ("metrics", "scaled_metrics")
-    ]
-    assert lines[4].replace("→", "").split()[1:] == means
-    broken = copy.deepcopy(results)
-    broken["cells"][0]["metrics"]["nll"]["value"] = None
-    assert "inf" in table(broken)
+    for cell in alone["cells"]:
+        name = f"{cell['method']}"
+        (old,) = (
+            c for c in before["cells"] if f"{c['method']}-seed{c['seed']}" == name and c["split"] == cell["split"]
+        )
+        for metric in MAIN:
+            assert cell["metrics"][metric]["value"] == pytest.approx(old["metrics"][metric]["value"])
+        assert cell["cost"]["fit_seconds"] == old["cost"]["fit_seconds"]
+    both = go(recipe, tmp_path / "both", ["MAP"], posteriors=folders[1:])
+    assert fits == ["LoRA", "MAP"]
+    assert [cell["method"] for cell in both["cells"] if cell["split"] == "test"] == ["MeanField-seed1", "LoRA", "MAP"]
+    with pytest.raises(RecipeError, match=r"no recipe\.yaml there"):
+        run([], [], seeds=[], output=tmp_path / "x", posteriors=[tmp_path])
+
+
+def test_other_data_are_refused(finished: tuple[Path, dict[str, Any]], tmp_path: Path, fits: list[str]) -> None:
+    """Law: recipes and posteriors whose test data differ are not compared; training data may differ."""
+    path = write_recipe(tmp_path / "other")
+    with (tmp_path / "other" / "train.jsonl").open("a") as file:
+        file.write('{"text": "a warm house", "label": 1}\n')
+    folder = finished[0] / "MAP-seed0"
+    go(path, tmp_path / "out", posteriors=[folder])
+    with (tmp_path / "other" / "test.jsonl").open("a") as file:
+        file.write('{"text": "a warm house", "label": 1}\n')
+    fits.clear()
+    with pytest.raises(RecipeError, match="numbers on different examples cannot be compared"):
+        go(path, tmp_path / "out", posteriors=[folder])
+    assert fits == []
+
+
+@pytest.mark.slow
+def test_processes_change_no_number(recipe: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Law: two processes at once write the same cells as one."""
+    _, before = finished
+    after = run([Recipe.read(recipe)], ["MAP"], seeds=[0], output=tmp_path, num_draws=4, processes=2)
+    for cell in after["cells"]:
+        (old,) = (c for c in before["cells"] if all(c[k] == cell[k] for k in ("method", "seed", "split")))
+        for metric, estimate in cell["metrics"].items():
+            assert estimate["value"] == pytest.approx(old["metrics"][metric]["value"], rel=1e-5)
+    assert len(after["cells"]) == 4 and "TQDM_DISABLE" not in os.environ

@@ -10,8 +10,8 @@ from scipy.stats import entropy as scipy_entropy
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from pyrolora.diagnostics import ood, uncertainty
-from pyrolora.diagnostics.calibration import Estimate
+from pyrolora.diagnostics import bootstrap, ood
+from pyrolora.diagnostics.bootstrap import Estimate
 
 
 def two_groups(kind: str, n: int = 70, m: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +111,7 @@ def test_the_bootstrap_recomputes_each_metric_on_each_resample(kind):
     """Intervals are percentiles of the public metrics on the two kinds resampled apart."""
     inside, outside = two_groups(kind, 30, 12)
     found = ood.separation(inside, outside, num_bootstrap=60, seed=2)
-    ((first, second),) = uncertainty.resamples([30, 12], num_bootstrap=60, seed=2)
+    ((first, second),) = bootstrap.resamples([30, 12], num_bootstrap=60, seed=2)
     for name, metric in ood.METRICS.items():
         ordered = sorted(metric(inside[i], outside[j]) for i, j in zip(first, second, strict=True))
         low, high = ordered[math.ceil(0.025 * 60) - 1], ordered[math.ceil(0.975 * 60) - 1]
@@ -124,7 +124,7 @@ def test_chunks_and_seeds_of_the_bootstrap(monkeypatch):
     groups = two_groups("continuous", 25, 15)
     whole = ood.separation(*groups, num_bootstrap=30)
     assert ood.separation(*groups, num_bootstrap=30, seed=1) != whole
-    monkeypatch.setattr(uncertainty, "_CHUNK", 90)
+    monkeypatch.setattr(bootstrap, "_CHUNK", 90)
     assert ood.separation(*groups, num_bootstrap=30) == whole
 
 

@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from sklearn.metrics import roc_auc_score
 from torchmetrics.functional.classification import binary_auroc
 
-from pyrolora.diagnostics import calibration, selective, uncertainty
+from pyrolora.diagnostics import bootstrap, calibration, selective
 
 
 def predictive(n: int = 200, classes: int = 3, *, seed: int = 0, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -138,9 +138,7 @@ def test_error_detection_resamples_errors_and_correct_answers_apart():
     """Its interval is made of AUROCs of resampled errors against resampled correct answers, none undefined."""
     values, labels = predictive(40, seed=2)
     sure, wrong = np.exp(values).max(1), values.argmax(1) != labels
-    ((right_rows, wrong_rows),) = uncertainty.resamples(
-        [int((~wrong).sum()), int(wrong.sum())], num_bootstrap=40, seed=6
-    )
+    ((right_rows, wrong_rows),) = bootstrap.resamples([int((~wrong).sum()), int(wrong.sum())], num_bootstrap=40, seed=6)
     ordered = sorted(
         roc_auc_score([0] * (~wrong).sum() + [1] * wrong.sum(), -np.concatenate([sure[~wrong][i], sure[wrong][j]]))
         for i, j in zip(right_rows, wrong_rows, strict=True)
@@ -223,7 +221,7 @@ def test_chunks_and_seeds_of_the_bootstrap(monkeypatch):
     values, labels = predictive(40)
     whole = selective.evaluate_selective(values, labels, num_bootstrap=30)
     assert selective.evaluate_selective(values, labels, num_bootstrap=30, seed=1) != whole
-    monkeypatch.setattr(uncertainty, "_CHUNK", 100)
+    monkeypatch.setattr(bootstrap, "_CHUNK", 100)
     assert selective.evaluate_selective(values, labels, num_bootstrap=30) == whole
 
 

@@ -149,24 +149,6 @@ def test_intervals_come_from_the_resamples_of_the_evaluator():
         assert part.mean.high == pytest.approx(ordered[math.ceil(0.975 * 80) - 1])
 
 
-def test_resamples_do_not_depend_on_chunks_and_groups_are_apart(monkeypatch):
-    """The same rows come however many are drawn at once; each group keeps its size and has rows of its own."""
-
-    def rows(sizes):
-        return [
-            np.concatenate(group) for group in zip(*uncertainty.resamples(sizes, num_bootstrap=7, seed=3), strict=True)
-        ]
-
-    whole = rows([9, 9, 4])
-    monkeypatch.setattr(uncertainty, "_CHUNK", 50)
-    for first, second in zip(whole, rows([9, 9, 4]), strict=True):
-        np.testing.assert_array_equal(first, second)
-    assert [group.shape for group in whole] == [(7, 9), (7, 9), (7, 4)]
-    assert [group.max() for group in whole] == [8, 8, 3]
-    assert (whole[0] != whole[1]).any()
-    np.testing.assert_array_equal(whole[0], rows([9])[0])
-
-
 def loop_nll(draws, labels, subset) -> float:
     """The NLL of the average over some draws, one example and draw at a time."""
     total = 0.0

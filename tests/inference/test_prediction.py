@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -169,7 +170,7 @@ def test_html_escapes_texts_and_names() -> None:
     shown = build(log_probabilities(2, 30), texts=texts, labels=[0] * 30, names=("<b>a", "b", "c"))._repr_html_()
     assert "<script>" not in shown and "&lt;script&gt;alert(1)" in shown
     assert "<b>" not in shown and "p(&lt;b&gt;a)" in shown
-    assert "row 18" in shown and "row 19" not in shown
+    assert "row 18" in shown and "row 19" not in shown and "20 of 30 rows" in shown
 
 
 def test_repr_sums_up() -> None:
@@ -179,6 +180,7 @@ def test_repr_sums_up() -> None:
         f"Prediction(3 inputs, 3 classes, 4 draws; mean entropy {result.entropy.mean():.3f}, "
         f"mean mutual information {result.mutual_information.mean():.4f} nats)"
     )
+    assert "4 quasi-Monte Carlo points;" in repr(dataclasses.replace(result, joint=False))
 
 
 def test_half_precision_draws_are_summed_in_single() -> None:

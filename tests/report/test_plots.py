@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from scipy.stats import binomtest
 
 from pyrolora.diagnostics.calibration import reliability_curve
 from pyrolora.report import plots
+from tests.report.drawings import numbers, parsed
 
 NAN = math.nan
 CURVE = {
@@ -20,17 +20,6 @@ CURVE = {
     "accuracy": [None, NAN, 0.5, 1.0],
     "count": [0, 0, 40, 10],
 }
-
-
-def parsed(svg: str) -> ElementTree.Element:
-    """The SVG as a tree: refuses markup that is not well formed."""
-    return ElementTree.fromstring(svg)
-
-
-def numbers(svg: str) -> list[float]:
-    """Every coordinate in the drawing."""
-    keys = {"x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "width", "height"}
-    return [float(value) for node in parsed(svg).iter() for key, value in node.attrib.items() if key in keys]
 
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 5), (3, 7), (40, 40), (450, 1000)])
@@ -58,6 +47,7 @@ def test_a_diagram_is_well_formed_finite_and_inside_its_frame(count):
     root = parsed(svg)
     width, height = (float(value) for value in root.get("viewBox").split()[2:])
     assert root.get("role") == "img" and '<b>"LoRA" & co</b>' in root.get("aria-label")
+    assert root.find("desc").text == plots.describe(CURVE | {"count": count})
     assert all(math.isfinite(value) and -1e-9 <= value <= max(width, height) for value in numbers(svg))
     assert "nan" not in svg.lower().replace("mean", "")
 
@@ -75,38 +65,6 @@ def test_curves_from_the_diagnostics_are_drawn():
     assert len(parsed(plots.reliability_svg(curve, title="t")).findall("g")) == sum(
         count > 0 for count in curve["count"]
     )
-
-
-@pytest.mark.parametrize("low, high", [(0.4, 0.8), (0.0, 0.013), (1.0, 900.0), (-0.2, 0.3), (0.1, 0.1000001)])
-def test_ticks_are_few_round_and_inside(low, high):
-    """Two to six ticks, equally spaced, inside the range."""
-    found = plots.ticks(low, high)
-    assert 2 <= len(found) <= 6
-    assert low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
-    assert np.ptp(np.diff(found)) < 1e-9 * max(1, high)
-
-
-def test_the_overview_names_every_method_and_keeps_labels_apart():
-    """Each method has a mark and a label, and no two labels overlap although the marks nearly coincide."""
-    points = [plots.Point(f"method {i}", "red", 0.5 + 1e-3 * i, 0.05, 0.01, 0.01, (0.49, 0.02)) for i in range(3)]
-    points.append(plots.Point("<far>", "var(--baseline)", 2.0, 0.3))
-    root = parsed(plots.overview_svg(points))
-    groups = root.findall("g")
-    assert [group.findall("text")[-1].text for group in groups] == [point.name for point in points]
-    assert [len(group.findall("circle")) for group in groups] == [2, 2, 2, 1]
-    places = [
-        (float(group.findall("text")[-1].get("x")), float(group.findall("text")[-1].get("y"))) for group in groups
-    ]
-    for i, (x, y) in enumerate(places):
-        for other_x, other_y in places[:i]:
-            assert abs(y - other_y) >= 13 or abs(x - other_x) >= 6 * len("method 0")
-    assert "<far>: NLL 2.000, ECE 0.300" in root.get("aria-label")
-
-
-@pytest.mark.parametrize("nll, ece", [(0.0, 0.0), (0.7, 0.1)])
-def test_the_overview_of_a_single_point_is_finite(nll, ece):
-    """One method, even at the origin, gives a drawing without division by zero."""
-    assert all(map(math.isfinite, numbers(plots.overview_svg([plots.Point("one", "red", nll, ece)]))))
 
 
 def test_draws_are_sorted_bars_of_their_probability():

@@ -61,11 +61,37 @@ def test_missing_numbers_are_left_out():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.12345, "0.123"), (None, "–"), (math.nan, "–"), ("x", "–"), (math.inf, "∞"), (-math.inf, "−∞"), (-1, "−1.000")],
+    [
+        (0.12345, "0.123"),
+        (None, "–"),
+        (math.nan, "–"),
+        ("x", "–"),
+        (math.inf, "∞"),
+        (-math.inf, "−∞"),
+        (-1, "−1.000"),
+        (-0.0004, "0.000"),
+    ],
 )
 def test_numbers_are_shown_for_people(value, text):
-    """Three decimals, a true minus, a dash for nothing."""
+    """Three decimals, a true minus, a dash for nothing, no minus before zero."""
     assert summary.show(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.1234, "+0.123"),
+        (-0.5, "−0.500"),
+        (0.0, "0.000"),
+        (2e-4, "0.000"),
+        (12.0, "+12.000"),
+        (None, "–"),
+        (math.inf, "+∞"),
+    ],
+)
+def test_differences_have_signs(value, text):
+    """A plus above zero, a minus below, neither at what is shown as zero."""
+    assert summary.signed(value) == text
 
 
 def test_groups_put_the_baseline_first():
@@ -101,7 +127,7 @@ def test_a_winning_baseline_is_not_hidden():
     """If plain LoRA is best, that is what the summary says, and who cannot be told from it."""
     words = told(cell("LoRA", 0.4), cell("MAP", 0.41), cell("Inducing", 0.6))
     assert "LoRA has the lowest negative log-likelihood" in words
-    assert "do not separate it from MAP." in words and "Inducing" not in words.split("separate")[1]
+    assert "not really different from that of MAP." in words and "Inducing" not in words.split("really")[1]
 
 
 def test_rivals_of_the_winner_are_named():
@@ -115,7 +141,7 @@ def test_rivals_of_the_winner_are_named():
     [
         (0.3, "better than Inducing as fitted"),
         (0.5, "still behind Inducing as fitted"),
-        (0.405, "do not separate from"),
+        (0.405, "not really different from Inducing"),
     ],
 )
 def test_temperature_scaling_of_the_baseline_is_a_control(scaled, verdict):
@@ -130,3 +156,47 @@ def test_nothing_to_say_is_said():
     assert summary.sentences({}) == ["There are no results yet."]
     assert "No method has a finite" in told(cell("LoRA", math.inf), cell("MAP", None))
     assert "MAP has the lowest" in told(cell("LoRA", None), cell("MAP", 0.5))
+
+
+def contrast(method: str, *, real: bool, scaled: bool = False) -> dict:
+    """A difference from the baseline in every metric, −0.3 [−0.4, −0.2] or −0.3 [−0.7, 0.1]."""
+    low, high = (-0.4, -0.2) if real else (-0.7, 0.1)
+    found = {name: {"value": -0.3, "low": low, "high": high, "real": real} for name in ("nll", "ece", "accuracy")}
+    about = {"split": "test", "method": method, "scaled": False, "baseline": "LoRA", "baseline_scaled": scaled}
+    return {**about, "metrics": found}
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_paired_differences_decide_where_there_are_some(real):
+    """The interval of the difference is the verdict, whatever two overlapping intervals say."""
+    cells = [cell("LoRA", 0.7, half=0.5, scaled=0.5), cell("Inducing", 0.4, half=0.5, scaled=0.4)]
+    contrasts = [contrast("Inducing", real=real), contrast("Inducing", real=real, scaled=True)]
+    words = " ".join(summary.sentences(results(*cells) | {"contrasts": contrasts}))
+    kind = "real (95 % interval −0.400 to −0.200)" if real else "undecided (95 % interval −0.700 to +0.100)"
+    assert words.count(f"the difference is {kind}") == 3 and "overlap" not in words
+    assert ("still behind Inducing as fitted" in words) == real
+    assert ("not really different from Inducing as fitted" in words) != real
+
+
+def test_noise_that_does_nothing_is_called_that():
+    """Methods whose NLL is that of their mean weights are named, and those whose is not with both numbers."""
+
+    def averaged(method, nll, start, real):
+        return cell(method, nll) | {"averaging": {"mean_weights": start, "gain": {"real": real}}}
+
+    words = told(cell("LoRA", 0.7), averaged("MeanField", 0.5, 0.8, True), averaged("Tiny", 0.7, 0.7, False))
+    assert "changes the NLL: that of MeanField from 0.800 to 0.500." in words
+    assert "For Tiny averaging changes nothing that these examples show: the noise does nothing." in words
+
+
+def test_the_best_detector_of_each_split_is_named():
+    """The highest AUROC of any method and score, for each other split; chance stands beside it."""
+
+    def detecting(method, area):
+        scores = {"entropy": {"auroc": {"value": 0.6}}, "mutual_information": {"auroc": {"value": area}}}
+        return cell(method, 0.5) | {"ood": {"far": {"scores": scores}}}
+
+    lower = told(detecting("LoRA", 0.3) | {"ood": {"far": {"scores": {"entropy": {"auroc": {"value": 0.4}}}}}})
+    assert "No method is less sure of far than of the rest: an AUROC of at most 0.40 (LoRA, by entropy)" in lower
+    words = told(detecting("LoRA", 0.55), detecting("MeanField", 0.7))
+    assert "tells far apart with an AUROC of at most 0.70 (MeanField, by mutual information); 0.5 is chance." in words
