@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import json
 import logging
-import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -19,14 +17,12 @@ from datasets import Dataset
 from jsonargparse import ArgumentParser
 
 from pyrolora.diagnostics.compare import evaluate_posterior, fit_scaling
-from pyrolora.diagnostics.experiment import check_methods, run, save, table
-from pyrolora.inference.archive import read_meta, write_json
+from pyrolora.diagnostics.experiment import check_methods, load, prepare, run, save, table
+from pyrolora.inference.archive import write_json
 from pyrolora.inference.fit import fit as fit_program
-from pyrolora.inference.posterior import Posterior
-from pyrolora.inference.trainer import NonFiniteError, last_checkpoint
+from pyrolora.inference.trainer import NonFiniteError
 from pyrolora.recipe import Recipe, RecipeError, classes
 from pyrolora.report.html import write_picture, write_report
-from pyrolora.tasks.base import Task
 
 logger = logging.getLogger("pyrolora")
 _logged: set[tuple[str, int]] = set()
@@ -95,11 +91,11 @@ def fit(
         temperature: β of the objective, over the recipe's; 1 is the ELBO.
         resume: Continue from the last complete checkpoint in the output folder.
     """
-    read = _adjusted(Recipe.read(recipe), guide, options or {}, training or {}, temperature)
+    read = Recipe.read(recipe).adjusted(guide, options or {}, training or {}, temperature)
     chosen = read.build_guide(guide)
     arguments = read.arguments(output / "checkpoints", seed=seed)
     program = read.build_program(read.build_task(), seed=seed)
-    _prepare(output / "checkpoints", {"guide": guide, "seed": seed, **read.content(), "training": None}, resume)
+    prepare(output / "checkpoints", {"guide": guide, "seed": seed, **read.content(), "training": None}, resume)
     posterior = fit_program(program, chosen, args=arguments, temperature=read.temperature_of(guide), resume=resume)
     save(posterior, read, output)
     print(posterior)
@@ -128,7 +124,7 @@ def evaluate(
         seed: Of the draws.
         format: table, or json for programs.
     """
-    posterior, task = _load(folder)
+    posterior, task = load(folder)
     splits = {"test": task.test, "validation": task.validation, "train": task.train, **task.ood}
     data = splits.get(split)
     if data is None:
@@ -192,7 +188,7 @@ def predict(folder: Path, file: Path, *, draws: int = 16, seed: int = 0, output:
         raise RecipeError(f"--output {output}: the ending is one of {', '.join(TABLES)}")
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
-    posterior, task = _load(folder)
+    posterior, task = load(folder)
     table = posterior.predict(task.tokenise(str(file)), draws, seed=seed).to_pandas()
     if output is None:
         print(table.dropna(axis=1, how="all").to_string(index=False, float_format=lambda value: f"{value:.3f}"))
@@ -217,7 +213,7 @@ def export(folder: Path, *, draws: int = 0, seed: int = 0, output: Path | None =
         seed: Of the draws.
         output: Gets mean/, draw-0/, draw-1/, ...; without it, adapters/ in the posterior's folder.
     """
-    posterior, _ = _load(folder)
+    posterior, _ = load(folder)
     output = output or folder / "adapters"
     print(posterior.export_peft(output / "mean"))
     for i in range(draws):
@@ -330,42 +326,6 @@ def _first_time(record: logging.LogRecord) -> bool:
 def _stop(message: str, *, code: int) -> NoReturn:
     print(f"pyrolora: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def _adjusted(
-    recipe: Recipe, guide: str, options: Mapping[str, Any], training: Mapping[str, Any], temperature: float | None
-) -> Recipe:
-    """The recipe with what the command line says instead."""
-    return dataclasses.replace(
-        recipe,
-        guides={**recipe.guides, guide: {**(recipe.guides.get(guide) or {}), **options}},
-        training={**recipe.training, **training},
-        temperature=recipe.temperature if temperature is None else temperature,
-    )
-
-
-def _prepare(folder: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Makes a folder's checkpoints those of this fit: to resume, they must be; otherwise older ones go."""
-    path = folder / "fit.json"
-    identity = json.loads(json.dumps(identity, default=str))
-    if resume and last_checkpoint(folder) is not None:
-        if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != identity:
-            raise RecipeError(f"{folder} is of another recipe, guide or seed; without --resume the fit begins anew")
-        return
-    if resume:
-        logger.info("%s holds no complete checkpoint; the fit begins anew", folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_json(path, identity)
-
-
-def _load(folder: Path) -> tuple[Posterior, Task]:
-    if not (folder / "recipe.yaml").is_file():
-        raise RecipeError(f"{folder}: no recipe.yaml there; give a folder that pyrolora fit wrote")
-    recipe = Recipe.read(folder / "recipe.yaml")
-    seed = read_meta(folder)["seed"]
-    task = recipe.build_task()
-    return Posterior.from_pretrained(folder, recipe.load_base(task, seed=seed), task=task), task
 
 
 if __name__ == "__main__":

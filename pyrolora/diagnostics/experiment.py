@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -21,9 +22,10 @@ from datasets import Dataset
 
 from pyrolora.diagnostics.compare import MAIN, evaluate_posterior, fit_scaling
 from pyrolora.guides.map import MAP
-from pyrolora.inference.archive import write_json
+from pyrolora.inference.archive import read_meta, write_json
 from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.trainer import last_checkpoint
 from pyrolora.likelihoods.base import ClassLikelihood
 from pyrolora.recipe import Recipe, RecipeError, classes
 from pyrolora.tasks.base import Task
@@ -93,11 +95,50 @@ def run(
     return results
 
 
+def prepare(folder: Path, identity: Mapping[str, Any], resume: bool) -> None:
+    """Makes a folder's checkpoints those of this fit: to resume, they must be; otherwise older ones go.
+
+    Args:
+        folder: Of the checkpoints.
+        identity: What a fit depends on: recipe, guide, seed.
+        resume: Whether to go on from the last checkpoint.
+
+    Raises:
+        RecipeError: Checkpoints of another fit.
+    """
+    path = folder / "fit.json"
+    plain = json.loads(json.dumps(identity, default=str))
+    if resume and last_checkpoint(folder) is not None:
+        if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != plain:
+            raise RecipeError(f"{folder} is of another recipe, guide or seed; without --resume the fit begins anew")
+        return
+    if resume:
+        logger.info("%s holds no complete checkpoint; the fit begins anew", folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(path, plain)
+
+
 def save(posterior: Posterior, recipe: Recipe, folder: Path) -> Path:
     """Saves a posterior with its recipe beside it, from which the command line rebuilds task and base."""
     posterior.save_pretrained(folder)
     recipe.write(folder / "recipe.yaml")
     return folder
+
+
+def load(folder: Path) -> tuple[Posterior, Task]:
+    """The inverse of `save`: the posterior on its base model, and its task.
+
+    Raises:
+        RecipeError: No recipe in the folder, or one that cannot be built.
+        ArchiveError: No posterior, a damaged one, or one of another base model.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError(f"{folder}: no recipe.yaml there; give a folder that pyrolora fit wrote")
+    recipe = Recipe.read(folder / "recipe.yaml")
+    seed = read_meta(folder)["seed"]
+    task = recipe.build_task()
+    return Posterior.from_pretrained(folder, recipe.load_base(task, seed=seed), task=task), task
 
 
 def table(results: Mapping[str, Any]) -> str:

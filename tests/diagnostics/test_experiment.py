@@ -11,7 +11,7 @@ import yaml
 
 from pyrolora.diagnostics import experiment
 from pyrolora.diagnostics.compare import MAIN, evaluate_posterior, fit_scaling
-from pyrolora.diagnostics.experiment import check_methods, run, table
+from pyrolora.diagnostics.experiment import check_methods, load, prepare, run, table
 from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
 from pyrolora.priors.flat import Flat
@@ -208,6 +208,28 @@ def test_recipe_beside_each_posterior_stands_alone(finished: tuple[Path, dict[st
     saved = Recipe.read(output / "MAP-seed0" / "recipe.yaml")
     assert saved.content() == Recipe.read(recipe).content()
     assert Path(yaml.safe_load((output / "MAP-seed0" / "recipe.yaml").read_text())["base"]).is_absolute()
+
+
+def test_load_is_the_inverse_of_save(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Law: posterior and task come back from the folder; a folder without a recipe is named."""
+    posterior, task = load(finished[0] / "MeanField-seed1")
+    assert posterior.seed == 1 and posterior.program.task is task and len(task.train) == 24
+    with pytest.raises(RecipeError, match=r"no recipe\.yaml there"):
+        load(tmp_path)
+
+
+def test_prepare_keeps_checkpoints_of_the_same_fit_only(tmp_path: Path) -> None:
+    """Law: older checkpoints go unless the same fit is resumed; another's are not resumed."""
+    folder = tmp_path / "checkpoints"
+    prepare(folder, {"seed": 0}, False)
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1}')
+    prepare(folder, {"seed": 0}, True)
+    assert (folder / "checkpoint-1").exists()
+    with pytest.raises(RecipeError, match="another recipe, guide or seed"):
+        prepare(folder, {"seed": 1}, True)
+    prepare(folder, {"seed": 1}, False)
+    assert not (folder / "checkpoint-1").exists() and json.loads((folder / "fit.json").read_text()) == {"seed": 1}
 
 
 def test_table_has_means_over_seeds(finished: tuple[Path, dict[str, Any]]) -> None:
