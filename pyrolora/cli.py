@@ -17,11 +17,13 @@ from datasets import Dataset
 from jsonargparse import ArgumentParser
 
 from pyrolora.diagnostics.compare import evaluate_posterior, fit_scaling
+from pyrolora.diagnostics.diagnose import diagnose as diagnose_posterior
 from pyrolora.diagnostics.experiment import check_methods, load, prepare, run, save, table
 from pyrolora.inference.archive import write_json
 from pyrolora.inference.fit import fit as fit_program
 from pyrolora.inference.trainer import NonFiniteError
 from pyrolora.recipe import Recipe, RecipeError, classes
+from pyrolora.report.diagnosis import write_pictures
 from pyrolora.report.html import write_picture, write_report
 
 logger = logging.getLogger("pyrolora")
@@ -35,6 +37,7 @@ A first session:
   pyrolora sites models/minilm-commonsense.yaml
   pyrolora fit models/minilm-commonsense.yaml --guide MeanField --output runs/mf
   pyrolora evaluate runs/mf
+  pyrolora diagnose runs/mf
   pyrolora predict runs/mf questions.jsonl --output predictions.csv
   pyrolora compare models/minilm-commonsense.yaml --guides MAP MeanField
 
@@ -198,6 +201,55 @@ def predict(folder: Path, file: Path, *, draws: int = 16, seed: int = 0, output:
         print(f"{len(table)} predictions in {output}")
 
 
+def diagnose(
+    folder: Path,
+    *,
+    runs: list[Path] | None = None,
+    against: list[Path] | None = None,
+    draws: int = 100,
+    budget: int = 40_000,
+    sites: str = "*",
+    seed: int = 0,
+    output: Path | None = None,
+) -> None:
+    """Says what is fine in a saved posterior, what is not, and what to do.
+
+    Noise, KL and rank by layer, Pareto k of guide against model, leave-one-out,
+    prior sensitivity, prior and posterior predictive checks, R-hat across runs:
+    on screen, in diagnosis.json and as pictures.
+
+    Examples:
+      pyrolora diagnose runs/mf
+      pyrolora diagnose runs/mf --runs runs/mf-seed1 runs/mf-seed2
+      pyrolora diagnose runs/mf --against runs/laplace --draws 50
+
+    Args:
+        folder: What `pyrolora fit` wrote.
+        runs: Folders of the same fit with other seeds, for R-hat.
+        against: Folders of other posteriors on the same data, compared by leave-one-out.
+        draws: Number of draws, at least 25.
+        budget: The most training rows × draws; beyond it leave-one-out sees a part of the rows.
+        sites: Pattern of the random sites for k of guide against model; the others stand at their means.
+        seed: Of the draws.
+        output: Folder for diagnosis.json and the pictures; without it, diagnosis/ in the posterior's folder.
+    """
+    posterior, _ = load(folder)
+    found = diagnose_posterior(
+        posterior,
+        runs=[load(other)[0] for other in runs or []],
+        against={str(other): load(other)[0] for other in against or []},
+        num_draws=draws,
+        budget=budget,
+        sites=sites,
+        seed=seed,
+    )
+    print(found)
+    output = output or folder / "diagnosis"
+    pictures = write_pictures(found.tree, found.layers, found.checks, found.loo, output)
+    write_json(output / "diagnosis.json", found.to_dict())
+    print(f"\nin {output}: diagnosis.json, {', '.join(path.name for path in pictures)}")
+
+
 def export(folder: Path, *, draws: int = 0, seed: int = 0, output: Path | None = None) -> None:
     """Writes ordinary PEFT adapters: the posterior's mean, and draws on request.
 
@@ -243,7 +295,7 @@ def report(folder: Path) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (sites, fit, evaluate, compare, predict, export, report)
+    f.__name__: f for f in (sites, fit, evaluate, diagnose, compare, predict, export, report)
 }
 
 
@@ -271,10 +323,14 @@ def build_parser() -> ArgumentParser:
     for name, function in COMMANDS.items():
         text = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0]
         command = ArgumentParser(description=text, **options)
-        # These two are spelt as flags usually are: several names after one --guides, nothing after --resume.
-        command.add_function_arguments(function, as_group=False, as_positional=True, skip={"guides", "resume"})
+        # These are spelt as flags usually are: several names after one --guides, nothing after --resume.
+        skip: set[int | str] = {"guides", "resume", "runs", "against"}
+        command.add_function_arguments(function, as_group=False, as_positional=True, skip=skip)
         if name == "compare":
             command.add_argument("--guides", nargs="+", required=True, metavar="GUIDE", help=_help(function, "guides"))
+        if name == "diagnose":
+            for option in ("runs", "against"):
+                command.add_argument(f"--{option}", nargs="+", type=Path, metavar="DIR", help=_help(function, option))
         if name == "fit":
             command.add_argument("--resume", action="store_true", help=_help(function, "resume"))
         if name in ("fit", "compare"):
