@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyrolora.diagnostics.calibration import FloatArray
 from pyrolora.diagnostics.verdict import Finding
-from pyrolora.diagnostics.weights import owner_of, predicts_otherwise
+from pyrolora.diagnostics.weights import owner_of
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.randomness import isolated, spawn
 from pyrolora.likelihoods.base import ClassLikelihood, Likelihood
@@ -71,8 +71,8 @@ def can_be_checked(likelihood: Likelihood) -> bool:
 def posterior_predictive(posterior: Posterior, data: Dataset, num_draws: int, *, seed: int = 0) -> Predictive:
     """What the posterior says about labelled rows; draws are those of `Posterior.draw`.
 
-    A draw makes the labels of all rows together, as one world would. Guides that predict from natural parameters have
-    no such draws: their rows are independent.
+    A draw makes the labels of all rows together, as one world would. Guides that know only the marginals of each row
+    (Laplace, linearised) have no such draws: their rows are independent.
     """
     program = posterior.program
     logits = posterior.logits(data, num_draws, seed=seed)
@@ -84,7 +84,7 @@ def posterior_predictive(posterior: Posterior, data: Dataset, num_draws: int, *,
     if names:
         drawn = posterior.draw(len(logits), seed=seed)
         own = [{name: drawn[name][s].cpu() for name in names} for s in range(len(logits))]
-    return _predictive(program, data, logits, own, seed=seed, joint=not predicts_otherwise(posterior))
+    return _predictive(program, data, logits, own, seed=seed, joint=posterior.guide.joint_draws)
 
 
 @torch.no_grad()

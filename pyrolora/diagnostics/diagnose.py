@@ -225,7 +225,7 @@ def _of_draws(evidence: Evidence) -> list[Finding]:
 
 def _judge_draws(evidence: Evidence) -> Finding:
     """Whether S is enough: the Monte Carlo error of held-out probabilities, ``sd(p)/(√S p̄)``, averaged over rows."""
-    if evidence.weights.natural:
+    if not evidence.posterior.guide.joint_draws:
         points = 1 if evidence.train is None else len(evidence.train)
         words = (
             "a closed form, without draws" if points == 1 else f"{points} quasi-random points of the natural parameters"

@@ -32,12 +32,13 @@ from pyrolora.tasks.sequence_classification import SequenceClassification
 from tests.programs import lora, sentence_task, sentences, tiny_bert, tiny_program, tokenizer
 
 
-def predictor(sure: float, *, seed: int = 0, rows: int = 400, draws: int = 50, classes: int = 3) -> Predictive:
-    """Says ``softmax(sure · f)`` of labels that follow ``softmax(f)``."""
+def predictor(sure: float, *, spread: float = 0.0, seed: int = 0, draws: int = 50, classes: int = 3) -> Predictive:
+    """Says ``softmax(sure · f + spread · ε_s)`` of labels that follow ``softmax(f)``."""
+    rows = 400
     generator = torch.Generator().manual_seed(seed)
     f = torch.randn(rows, classes, generator=generator)
     labels = torch.multinomial(f.softmax(-1), 1, generator=generator).squeeze(-1)
-    logits = (sure * f).expand(draws, -1, -1)
+    logits = sure * f + spread * torch.randn(draws, rows, classes, generator=generator)
     made = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).reshape(draws, rows)
     return Predictive(Categorical(classes), logits, [{}] * draws, labels, made)
 
@@ -53,7 +54,7 @@ def moved(guide: MeanField | MAP | Laplace, program: PyroLoRA | None = None) -> 
 
 def test_statistics_by_hand() -> None:
     """Law: accuracy of the mean's favourite, mean log p̄(y), shares of classes; interval and z from the replicates."""
-    predictive = predictor(1.0, classes=4)
+    predictive = predictor(1.0, spread=1.0, classes=4)
     table, p, y = check(predictive), predictive.probabilities().mean(0), predictive.labels
     assert list(table.index) == ["accuracy", "log score", *(f"share of {k}" for k in range(4))]
     assert table.loc["accuracy", "observed"] == pytest.approx(float((p.argmax(-1) == y).double().mean()))
@@ -95,14 +96,16 @@ def test_posterior_predictive_is_the_posteriors() -> None:
 
 
 def test_rows_of_linearised_predictions_are_independent() -> None:
-    """Law: a Laplace guide's points share their noise between rows, which no world does: replicates must not."""
+    """Law: marginals of each row share their quadrature points, which no world does: replicates must not. Joint
+    draws are one world each."""
+    assert all(moved(guide).guide.joint_draws for guide in (MeanField(), Laplace(predictive="joint")))
     posterior, data = moved(Laplace()), sentence_task().validation
     posterior.guide.post_fit(posterior.program, posterior.program.task.train)  # type: ignore[union-attr]
     with torch.no_grad():
         for name, value in posterior.guide.named_buffers():
             if name.startswith(("values:", "remainder:", "small_values:", "precision:")):
                 value.fill_(1e-2 if name.startswith("precision") else 0.0)
-    assert data is not None
+    assert data is not None and not posterior.guide.joint_draws
     predictive = posterior_predictive(posterior, data, 4)
     share = predictive.replicated.double().mean(1)
     p = predictive.probabilities()[:, :, 1].mean(0).double()

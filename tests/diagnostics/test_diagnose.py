@@ -43,7 +43,7 @@ def named(found: Diagnosis, name: str) -> Finding:
 
 @pytest.fixture(scope="module")
 def posterior() -> Posterior:
-    return moved(MeanField(), temperature=0.5, by=0.3)
+    return moved(MeanField(), temperature=0.1, by=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,10 @@ def test_numbers_are_those_of_the_parts(whole: Diagnosis, posterior: Posterior) 
     task = sentence_task()
     rows = posterior.log_likelihood(task.train, 30).double().numpy()
     stats = posterior.to_datatree(num_draws=30)["sample_stats"]
-    weights = rows.sum(1) / 0.5 + stats["log_prior"].values[0] - stats["log_guide"].values[0]
-    assert named(whole, "guide").numbers["khat"] == pytest.approx(psis.guide_khat(weights), abs=2e-2)
+    weights = rows.sum(1) / 0.1 + stats["log_prior"].values[0] - stats["log_guide"].values[0]
+    assert named(whole, "guide").numbers["khat"] == pytest.approx(psis.guide_khat(weights), abs=5e-3)
     assert whole.loo is not None
-    assert whole.loo.elpd == pytest.approx(psis.loo(rows, temperature=0.5).elpd, rel=1e-6)
+    assert whole.loo.elpd == pytest.approx(psis.loo(rows, temperature=0.1).elpd, rel=1e-6)
     assert named(whole, "loo").numbers["elpd"] == pytest.approx(whole.loo.elpd / 24)
     assert task.validation is not None
     prediction = posterior.predict(task.validation, 30)
@@ -97,8 +97,8 @@ def test_sites_restrict_the_guides_khat(posterior: Posterior) -> None:
     a = draws["lora.query.A"]
     scale = program.latents["lora.query.A"].prior_scale
     ratio = (TorchNormal(0.0, scale).log_prob(a) - TorchNormal(loc, sd).log_prob(a)).double().sum((1, 2, 3))
-    weights = torch.cat(parts, 1).double().sum(1) / 0.5 + ratio.detach()
-    assert found.numbers["khat"] == pytest.approx(psis.guide_khat(weights.numpy()), abs=2e-2)
+    weights = torch.cat(parts, 1).double().sum(1) / 0.1 + ratio.detach()
+    assert found.numbers["khat"] == pytest.approx(psis.guide_khat(weights.numpy()), abs=5e-3)
     assert found.numbers["random_numbers"] == 64 and "lora.query.A alone" in found.words
     with pytest.raises(ValueError, match="match no random site"):
         diagnose(posterior, num_draws=30, sites="lora.key.*")
