@@ -4,6 +4,7 @@ import pyro
 
 from pyrolora import guides, likelihoods, priors, tasks
 from pyrolora.diagnostics.compare import Comparison, compare
+from pyrolora.diagnostics.diagnose import Diagnosis, diagnose
 from pyrolora.inference.fit import default_arguments, fit
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.prediction import Prediction
@@ -15,12 +16,14 @@ pyro.settings.set(module_local_params=True)
 
 __all__ = [
     "Comparison",
+    "Diagnosis",
     "Posterior",
     "Prediction",
     "PyroLoRA",
     "Recipe",
     "compare",
     "default_arguments",
+    "diagnose",
     "fit",
     "guides",
     "likelihoods",

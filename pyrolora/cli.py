@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import json
 import logging
-import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from datasets import Dataset
 from jsonargparse import ArgumentParser
 
-from pyrolora.diagnostics.cells import load, save
+from pyrolora.diagnostics.diagnose import diagnose as diagnose_posterior
 from pyrolora.diagnostics.evaluation import evaluate_posterior, fit_scaling
 from pyrolora.diagnostics.experiment import run
 from pyrolora.diagnostics.results import table
 from pyrolora.inference.archive import write_json
 from pyrolora.inference.fit import fit as fit_program
-from pyrolora.inference.posterior import Posterior
-from pyrolora.inference.trainer import NonFiniteError, last_checkpoint
+from pyrolora.inference.trainer import NonFiniteError
 from pyrolora.options import build_parser as parser_of
 from pyrolora.recipe import Recipe, RecipeError, classes
+from pyrolora.report.diagnosis import write_pictures
 from pyrolora.report.html import write_picture, write_report
-from pyrolora.tasks.base import Task
+from pyrolora.saved import load, prepare, save
 
 logger = logging.getLogger("pyrolora")
 _logged: set[tuple[str, int]] = set()
@@ -41,6 +39,7 @@ A first session:
   pyrolora sites models/minilm-commonsense.yaml
   pyrolora fit models/minilm-commonsense.yaml --guide MeanField --output runs/mf
   pyrolora evaluate runs/mf
+  pyrolora diagnose runs/mf
   pyrolora predict runs/mf questions.jsonl --output predictions.csv
   pyrolora compare models/minilm-commonsense.yaml --guides MAP MeanField
 
@@ -97,11 +96,11 @@ def fit(
         temperature: β of the objective, over the recipe's; 1 is the ELBO.
         resume: Continue from the last complete checkpoint in the output folder.
     """
-    read = _adjusted(Recipe.read(recipe), guide, options or {}, training or {}, temperature)
+    read = Recipe.read(recipe).adjusted(guide, options or {}, training or {}, temperature)
     chosen = read.build_guide(guide)
     arguments = read.arguments(output / "checkpoints", seed=seed)
     program = read.build_program(read.build_task(), seed=seed)
-    _prepare(output / "checkpoints", {"guide": guide, "seed": seed, **read.content(), "training": None}, resume)
+    prepare(output / "checkpoints", {"guide": guide, "seed": seed, **read.content(), "training": None}, resume)
     posterior = fit_program(program, chosen, args=arguments, temperature=read.temperature_of(guide), resume=resume)
     save(posterior, read, output)
     print(posterior)
@@ -131,7 +130,7 @@ def evaluate(
         seed: Of the draws.
         format: table, or json for programs.
     """
-    posterior, task = _load(folder)
+    posterior, task = load(folder)
     splits = {"test": task.test, "validation": task.validation, "train": task.train, **task.ood}
     data = splits.get(split)
     if data is None:
@@ -219,7 +218,7 @@ def predict(folder: Path, file: Path, *, draws: int = 16, seed: int = 0, output:
         raise RecipeError(f"--output {output}: the ending is one of {', '.join(TABLES)}")
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
-    posterior, task = _load(folder)
+    posterior, task = load(folder)
     table = posterior.predict(task.tokenise(str(file)), draws, seed=seed).to_pandas()
     if output is None:
         print(table.dropna(axis=1, how="all").to_string(index=False, float_format=lambda value: f"{value:.3f}"))
@@ -227,6 +226,55 @@ def predict(folder: Path, file: Path, *, draws: int = 16, seed: int = 0, output:
         output.parent.mkdir(parents=True, exist_ok=True)
         TABLES[output.suffix](table, output)
         print(f"{len(table)} predictions in {output}")
+
+
+def diagnose(
+    folder: Path,
+    *,
+    runs: list[Path],
+    against: list[Path],
+    draws: int = 100,
+    budget: int = 40_000,
+    sites: str = "*",
+    seed: int = 0,
+    output: Path | None = None,
+) -> None:
+    """Says what is fine in a saved posterior, what is not, and what to do.
+
+    Noise, KL and rank by layer, Pareto k of guide against model, leave-one-out,
+    prior sensitivity, prior and posterior predictive checks, R-hat across runs:
+    on screen, in diagnosis.json and as pictures.
+
+    Examples:
+      pyrolora diagnose runs/mf
+      pyrolora diagnose runs/mf --runs runs/mf-seed1 runs/mf-seed2
+      pyrolora diagnose runs/mf --against runs/laplace --draws 50
+
+    Args:
+        folder: What `pyrolora fit` wrote.
+        runs: Folders of the same fit with other seeds, for R-hat.
+        against: Folders of other posteriors on the same data, compared by leave-one-out.
+        draws: Number of draws, at least 25.
+        budget: The most training rows × draws; beyond it leave-one-out sees a part of the rows.
+        sites: Pattern of the random sites for k of guide against model; the others stand at their means.
+        seed: Of the draws.
+        output: Folder for diagnosis.json and the pictures; without it, diagnosis/ in the posterior's folder.
+    """
+    posterior, _ = load(folder)
+    found = diagnose_posterior(
+        posterior,
+        runs=[load(other)[0] for other in runs],
+        against={str(other): load(other)[0] for other in against},
+        num_draws=draws,
+        budget=budget,
+        sites=sites,
+        seed=seed,
+    )
+    print(found)
+    output = output or folder / "diagnosis"
+    pictures = write_pictures(found.tree, found.layers, found.checks, found.loo, output)
+    write_json(output / "diagnosis.json", found.to_dict())
+    print(f"\nin {output}: diagnosis.json, {', '.join(path.name for path in pictures)}")
 
 
 def export(folder: Path, *, draws: int = 0, seed: int = 0, output: Path | None = None) -> None:
@@ -244,7 +292,7 @@ def export(folder: Path, *, draws: int = 0, seed: int = 0, output: Path | None =
         seed: Of the draws.
         output: Gets mean/, draw-0/, draw-1/, ...; without it, adapters/ in the posterior's folder.
     """
-    posterior, _ = _load(folder)
+    posterior, _ = load(folder)
     output = output or folder / "adapters"
     print(posterior.export_peft(output / "mean"))
     for i in range(draws):
@@ -275,7 +323,7 @@ def report(folders: list[Path]) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (sites, fit, evaluate, compare, predict, export, report)
+    f.__name__: f for f in (sites, fit, evaluate, diagnose, compare, predict, export, report)
 }
 # Spelt as flags usually are: several names after one --guides, nothing after --resume.
 FLAGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -283,6 +331,9 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "recipes": {"nargs": "*", "type": Path, "default": [], "metavar": "RECIPE"},
         "--guides": {"nargs": "+", "default": [], "metavar": "GUIDE"},
         "--posteriors": {"nargs": "+", "type": Path, "default": [], "metavar": "FOLDER"},
+    },
+    "diagnose": {
+        f"--{name}": {"nargs": "+", "type": Path, "default": [], "metavar": "FOLDER"} for name in ("runs", "against")
     },
     "report": {"folders": {"nargs": "+", "type": Path, "metavar": "FOLDER"}},
     "fit": {"--resume": {"action": "store_true"}},
@@ -340,41 +391,6 @@ def _first_time(record: logging.LogRecord) -> bool:
 def _stop(message: str, *, code: int) -> NoReturn:
     print(f"pyrolora: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def _adjusted(
-    recipe: Recipe, guide: str, options: Mapping[str, Any], training: Mapping[str, Any], temperature: float | None
-) -> Recipe:
-    """The recipe with what the command line says instead."""
-    return dataclasses.replace(
-        recipe,
-        guides={**recipe.guides, guide: {**(recipe.guides.get(guide) or {}), **options}},
-        training={**recipe.training, **training},
-        temperature=recipe.temperature if temperature is None else temperature,
-    )
-
-
-def _prepare(folder: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Makes a folder's checkpoints those of this fit: to resume, they must be; otherwise older ones go."""
-    path = folder / "fit.json"
-    identity = json.loads(json.dumps(identity, default=str))
-    if resume and last_checkpoint(folder) is not None:
-        if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != identity:
-            raise RecipeError(f"{folder} is of another recipe, guide or seed; without --resume the fit begins anew")
-        return
-    if resume:
-        logger.info("%s holds no complete checkpoint; the fit begins anew", folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_json(path, identity)
-
-
-def _load(folder: Path) -> tuple[Posterior, Task]:
-    if not (folder / "recipe.yaml").is_file():
-        raise RecipeError(f"{folder}: no recipe.yaml there; give a folder that pyrolora fit wrote")
-    recipe = Recipe.read(folder / "recipe.yaml")
-    task = recipe.build_task()
-    return load(folder, recipe, task), task
 
 
 if __name__ == "__main__":

@@ -118,6 +118,17 @@ class Recipe:
         """What stands in the file."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "path"}
 
+    def adjusted(
+        self, guide: str, options: Mapping[str, Any], training: Mapping[str, Any], temperature: float | None
+    ) -> Recipe:
+        """The recipe with another guide's options, training arguments and temperature (None keeps it) over its own."""
+        return dataclasses.replace(
+            self,
+            guides={**self.guides, guide: {**(self.guides.get(guide) or {}), **options}},
+            training={**self.training, **training},
+            temperature=self.temperature if temperature is None else temperature,
+        )
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer, with padding where it has none (the end-of-text token, which is masked)."""
         with self._loading("the tokenizer of "):

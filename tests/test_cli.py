@@ -156,6 +156,24 @@ def test_evaluate_other_splits(fitted: Path, capsys: Captured) -> None:
     assert "1 of 1 labels are unknown" in fails(capsys, "evaluate", fitted, "--split", "unknown")
 
 
+def test_diagnose(fitted: Path, recipe: Path, tmp_path: Path, capsys: Captured) -> None:
+    """Law: diagnose prints a verdict for each diagnostic with other runs and rivals, and writes JSON and pictures."""
+    for seed, random in (("4", "*.A"), ("5", "head.*")):
+        main(["fit", str(recipe), "--output", str(tmp_path / seed), "--seed", seed, "--options.random", random])
+    capsys.readouterr()
+    command = ["diagnose", str(fitted), "--draws", "25", "--output", str(tmp_path / "out")]
+    main([*command, "--runs", str(tmp_path / "4"), "--against", str(tmp_path / "5")])
+    out = capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    assert len(content["findings"]) == 9 and all(f" {found['name']} " in out for found in content["findings"])
+    assert "R-hat over 2 runs" in " ".join(out.split()) and set(content["comparison"]) == {"this", str(tmp_path / "5")}
+    assert content["settings"]["num_draws"] == 25
+    for name in ("layers.png", "ranks.png", "checks.png"):
+        assert (tmp_path / "out" / name).is_file() and name in out
+    assert "at least 25, not 24" in fails(capsys, "diagnose", fitted, "--draws", "24")
+    assert "match no random site" in fails(capsys, "diagnose", fitted, "--sites", "*.C")
+
+
 def test_predict(fitted: Path, rows: Path, tmp_path: Path, capsys: Captured) -> None:
     """Law: rows without labels are predicted in their order; screen, CSV, JSON Lines and Parquet say the same."""
     main(["predict", str(fitted), str(rows), "--draws", "4"])

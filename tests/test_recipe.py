@@ -275,6 +275,17 @@ def test_guides_take_the_recipes_arguments(shared: Path) -> None:
         changed(shared, guides={"MeanField": {"init_scal": 1}}).build_guide("MeanField")
 
 
+def test_what_is_given_goes_over_the_recipes_own(shared: Path) -> None:
+    """Law: options, training arguments and temperature replace those of the same name; the rest, and the recipe that
+    was adjusted, stay."""
+    recipe = changed(shared, guides={"MeanField": {"noise": "example", "init_scale": 0.3}})
+    new = recipe.adjusted("MeanField", {"init_scale": 0.5}, {"max_steps": 7}, 0.1)
+    assert new.guides == {"MeanField": {"noise": "example", "init_scale": 0.5}} and new.temperature == 0.1
+    assert new.training == {**recipe.training, "max_steps": 7} and recipe.guides["MeanField"]["init_scale"] == 0.3
+    same = recipe.adjusted("MAP", {}, {}, None)
+    assert same.temperature == recipe.temperature and same.guides["MAP"] == {}
+
+
 def test_training_arguments(shared: Path, tmp_path: Path) -> None:
     """Law: the recipe's training arguments stand over the defaults; unknown ones, text for numbers, and what the
     command line decides are refused."""

@@ -27,6 +27,7 @@ LAYERS = (
     {"guides"},
     {"inference"},
     {"recipe"},
+    {"saved"},
     {"diagnostics", "report", "options"},
     {"cli"},
 )

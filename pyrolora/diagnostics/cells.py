@@ -30,6 +30,7 @@ from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.prediction import Prediction
 from pyrolora.recipe import Recipe, classes
+from pyrolora.saved import posterior_of, save
 from pyrolora.tasks.base import Task
 
 FORMAT = 2
@@ -225,29 +226,17 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
-def save(posterior: Posterior, recipe: Recipe, folder: Path) -> Path:
-    """Saves a posterior with its recipe beside it, from which the command line rebuilds task and base."""
-    posterior.save_pretrained(folder)
-    recipe.write(folder / "recipe.yaml")
-    return folder
-
-
-def load(folder: Path, recipe: Recipe, task: Task) -> Posterior:
-    """A saved posterior on its base model."""
-    return Posterior.from_pretrained(folder, recipe.load_base(task, seed=read_meta(folder)["seed"]), task=task)
-
-
 def _posterior(cell: Cell, task: Task) -> tuple[Posterior, dict[str, Any]]:
     """The posterior of a cell, and what its fit cost."""
     recipe, path = cell.method.recipe, cell.folder / "fit.json"
     known = _read_json(path)
     if cell.method.folder is not None:
-        return load(cell.folder, recipe, task), _cost(known)
+        return posterior_of(cell.folder, recipe, task), _cost(known)
     key = fit_key(cell, task)
     if known.get("key") == key:
         # A posterior that cannot be read is fitted again.
         with contextlib.suppress(ArchiveError):
-            return load(cell.folder, recipe, task), _cost(known)
+            return posterior_of(cell.folder, recipe, task), _cost(known)
     program = recipe.build_program(task, seed=cell.seed, flat=cell.method.guide == BASELINE)
     arguments = recipe.arguments(None, seed=cell.seed)
     start = time.perf_counter()

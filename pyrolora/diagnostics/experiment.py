@@ -22,6 +22,7 @@ from pyrolora.diagnostics.results import assemble, write
 from pyrolora.inference.archive import read_meta
 from pyrolora.likelihoods.base import ClassLikelihood
 from pyrolora.recipe import Recipe, RecipeError, classes
+from pyrolora.saved import recipe_of
 from pyrolora.tasks.base import Task
 
 logger = logging.getLogger("pyrolora")
@@ -117,10 +118,9 @@ def plan(recipes: Sequence[Recipe], guides: Sequence[str], posteriors: Iterable[
             methods.append(Method(name, guide, recipe))
             methods[-1].build_guide()  # a wrong argument stops here, not after the fits before it
     for folder in posteriors:
-        if not (folder / "recipe.yaml").is_file():
-            raise RecipeError(f"{folder}: no recipe.yaml there; give a folder that pyrolora fit wrote")
+        recipe = recipe_of(folder)
         guide = read_meta(folder)["guide"]["class"].partition(".")[2]
-        methods.append(Method(folder.resolve().name, guide, Recipe.read(folder / "recipe.yaml"), folder))
+        methods.append(Method(folder.resolve().name, guide, recipe, folder))
     if not methods:
         raise RecipeError("there is nothing to compare: give recipes, or posteriors")
     names = [cells.plain(method.name) for method in methods]

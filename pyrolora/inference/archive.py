@@ -17,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pyrolora.adapters.checkpoint import fingerprint
 from pyrolora.guides.base import Guide
 from pyrolora.likelihoods.base import Likelihood
+from pyrolora.program import PyroLoRA
 
 FORMAT = 1
 _TENSORS, _META = "posterior.safetensors", "posterior.json"
@@ -170,6 +172,23 @@ def read_state(folder: Path) -> dict[str, Tensor]:
         raise ArchiveError(f"{path} does not exist") from None
     except (OSError, SafetensorError) as error:
         raise ArchiveError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def check_fits(program: PyroLoRA, meta: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a program that is not the one that a posterior was fitted with.
+
+    Raises:
+        ArchiveError: Other sites, or a base model with other weights.
+    """
+    sites = {name: list(site.shape) for name, site in program.sites.items()}
+    if sites != meta["sites"]:
+        raise ArchiveError(f"{folder}: made for sites {meta['sites']}, this base model has {sites}")
+    if fingerprint(program.model) != meta["fingerprint"]:
+        raise ArchiveError(
+            f"{folder}: the base model's weights are not those that the posterior was fitted on (their fingerprints "
+            "differ). Load the same checkpoint; a head that is not in modules_to_save is initialised at random and "
+            "cannot be the same twice."
+        )
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 from xarray import DataTree
 
+from pyrolora.adapters.sites import SiteGroup
 from pyrolora.inference.randomness import isolated, spawn
 from pyrolora.program import Latent, PyroLoRA
 
@@ -108,10 +109,14 @@ def _own_dims(latent: Latent) -> tuple[str, ...]:
     return names[: len(latent.shape)] or tuple(f"{latent.name}.dim_{i}" for i in range(len(latent.shape)))
 
 
+def layer_numbers(group: SiteGroup) -> tuple[int, ...]:
+    """The numbers that the base model gives a site's layers; 0, 1, ... where it has none, or the same for two."""
+    numbers = [re.findall(r"\.(\d+)\.", f".{layer}.") for layer in group.layers]
+    found = tuple(int(n[0]) if n else -1 for n in numbers)
+    return found if group.role != "head" and len(set(found)) == len(found) else tuple(range(len(found)))
+
+
 def _coordinate(latent: Latent, dim: str, size: int) -> tuple[int, ...]:
-    if dim == "layer" and latent.group is not None and latent.group.role != "head":
-        numbers = [re.findall(r"\.(\d+)\.", f".{layer}.") for layer in latent.group.layers]
-        found = tuple(int(n[0]) if n else -1 for n in numbers)
-        if len(set(found)) == size:
-            return found
+    if dim == "layer" and latent.group is not None and latent.group.num_layers == size:
+        return layer_numbers(latent.group)
     return tuple(range(size))

@@ -31,6 +31,20 @@ def noise_to_mean(
         whose ranks do not pair up between A and B, are left out.
     """
     ratios = {}
+    for kind, (_, noise, own) in update_squares(sites, draws, mean).items():
+        total, learnt = noise.sum(-1).mean(), own.sum()
+        ratios[kind] = float((total / learnt).sqrt()) if learnt > 0 else float("inf") if total > 0 else 0.0
+    return ratios
+
+
+def update_squares(
+    sites: Mapping[str, SiteGroup], draws: Mapping[str, Tensor], mean: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """``‖ΔW‖²`` and ``‖ΔW − ΔW̄‖²`` of every draw, ``(S, layers)``, and ``‖ΔW̄‖²``, ``(layers,)``, for each kind.
+
+    Arguments, and what is left out, as for `noise_to_mean`.
+    """
+    squares = {}
     for name, site in sites.items():
         other = f"{name[:-1]}B"
         if site.role != "A" or other not in sites or site.shape[-2] != sites[other].shape[-1] or _is_expert(site):
@@ -38,11 +52,10 @@ def noise_to_mean(
         a, b = draws[name].double(), draws[other].double()
         a0, b0 = mean[name].double(), mean[other].double()
         scaling = torch.tensor(site.scaling, dtype=torch.double, device=a.device).square()
-        own = (scaling * _inner(b0, a0, b0, a0)).sum()
-        spread = _inner(b, a, b, a) - 2 * _inner(b, a, b0, a0) + _inner(b0, a0, b0, a0)
-        total = (scaling * spread.clamp(min=0)).sum(-1).mean()
-        ratios[name.rsplit(".", 1)[0]] = float((total / own).sqrt()) if own > 0 else float("inf") if total > 0 else 0.0
-    return ratios
+        whole, own = _inner(b, a, b, a), _inner(b0, a0, b0, a0)
+        noise = (whole - 2 * _inner(b, a, b0, a0) + own).clamp(min=0)
+        squares[name.rsplit(".", 1)[0]] = (scaling * whole.clamp(min=0), scaling * noise, scaling * own)
+    return squares
 
 
 def verdict(ratios: Mapping[str, float]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,14 +13,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from xarray import DataTree
 
 from pyrolora.adapters.checkpoint import export_adapter, fingerprint
-from pyrolora.guides.base import Guide
+from pyrolora.guides.base import Guide, matches
 from pyrolora.inference import archive, datatree
 from pyrolora.inference.archive import ArchiveError
+from pyrolora.inference.density import paired_traces, values_of
+from pyrolora.inference.display import table
 from pyrolora.inference.noise import noise_to_mean
 from pyrolora.inference.predict import Function, Runner, log_likelihood, log_probabilities
 from pyrolora.inference.prediction import Prediction, PredictionBuilder
@@ -135,10 +136,20 @@ class Posterior:
         return builder.build(torch.tensor(order), columns)
 
     def log_likelihood(
-        self, data: Dataset, num_draws: int = 16, *, seed: int = 0, batch_size: int = 32, chunk_size: int = 8
+        self,
+        data: Dataset,
+        num_draws: int = 16,
+        *,
+        sites: str | Sequence[str] = "*",
+        seed: int = 0,
+        batch_size: int = 32,
+        chunk_size: int = 8,
     ) -> Tensor:
-        """``log p(y_n | x_n, θ_s)`` in nats, ``(S, n)``: what LOO, WAIC and perplexity are made from."""
-        runner = self._runner(num_draws, seed, chunk_size)
+        """``log p(y_n | x_n, θ_s)`` in nats, ``(S, n)``: what LOO, WAIC and perplexity are made from.
+
+        Random sites that do not match ``sites`` stand at their mean.
+        """
+        runner = self._runner(num_draws, seed, chunk_size, sites=sites)
         return self._collect(runner, log_likelihood(self.program), data, batch_size)
 
     def logits(
@@ -160,11 +171,19 @@ class Posterior:
             order += rows
         return torch.cat(parts, 1)[:, torch.argsort(torch.tensor(order))]
 
-    def _runner(self, num_draws: int, seed: int, chunk_size: int, vectorise: bool | None = None) -> Runner:
+    def _runner(
+        self,
+        num_draws: int,
+        seed: int,
+        chunk_size: int,
+        vectorise: bool | None = None,
+        *,
+        sites: str | Sequence[str] = "*",
+    ) -> Runner:
         natural = self.guide.natural_parameters(self.program, num_draws, seed=seed) if num_draws > 0 else None
         if natural is not None:
             return Runner(self.program, {}, self.mean(), natural=natural)
-        random = set(self.guide.random_sites()) if num_draws > 0 else set()
+        random = {name for name in self.guide.random_sites() if matches(name, sites)} if num_draws > 0 else set()
         fixed = {name: value for name, value in self.mean().items() if name not in random}
         draws = (
             {name: value for name, value in self.draw(num_draws, seed=seed).items() if name in random} if random else {}
@@ -212,7 +231,13 @@ class Posterior:
         latents = datatree.select({**self.program.latents, **self._auxiliary()}, var_names)
         datatree.check_size(latents, num_draws)
         prior = poutine.reparam(self.program.sample_latents, config=self.guide.reparametrisations())
-        draws, stats = self._draws_with_density(prior, num_draws, seed)
+        rows, densities = [], []
+        for q, p in paired_traces(self.program, self.guide, num_draws, seed=seed):
+            rows.append(values_of(q))
+            densities.append(
+                {"log_prior": torch.as_tensor(p.log_prob_sum()), "log_guide": torch.as_tensor(q.log_prob_sum())}
+            )
+        draws, stats = _stack(rows), _stack(densities)
         groups = {
             "posterior": {latent.name: datatree.as_chain(draws[latent.name]) for latent in latents},
             "prior": datatree.prior_draws(prior, latents, num_draws=num_draws, seed=seed),
@@ -225,15 +250,17 @@ class Posterior:
     def _data_groups(self, data: Dataset, num_draws: int, seed: int) -> dict[str, dict[str, Any]]:
         site = self.program.likelihood.site
         values = self.log_likelihood(data, num_draws, seed=seed)
-        # Without random sites there is one pass; the tree has a row for every draw all the same.
-        groups = {"log_likelihood": {site: datatree.as_chain(values.expand(num_draws, -1))}}
+        # Without random sites there is one pass; the tree has a row for every draw all the same. Guides that predict
+        # from natural parameters have as many points of those as they choose.
+        rows = num_draws if len(values) == 1 else len(values)
+        groups = {"log_likelihood": {site: datatree.as_chain(values.expand(rows, -1))}}
         if isinstance(self.program.likelihood, ClassLikelihood):
             draws = self.predict(data, num_draws, seed=seed).draws
             if draws is not None:
-                probabilities = draws.exp().expand(num_draws, -1, -1)
+                probabilities = draws.exp().expand(rows, -1, -1)
                 generator = torch.Generator().manual_seed(spawn(seed, num_draws))
                 labels = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
-                groups["posterior_predictive"] = {site: datatree.as_chain(labels.reshape(num_draws, -1))}
+                groups["posterior_predictive"] = {site: datatree.as_chain(labels.reshape(rows, -1))}
             groups["observed_data"] = {site: np.asarray(data[site][:])}
         return groups
 
@@ -248,20 +275,6 @@ class Posterior:
                 owner = self.program.latents[name.rsplit(".", 1)[0]]
                 found[name] = replace(owner, name=name, shape=value.shape, start=value)
         return found
-
-    @torch.no_grad()
-    def _draws_with_density(
-        self, prior: Callable[[], Any], num_draws: int, seed: int
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        rows, stats = [], []
-        for s in range(num_draws):
-            with poutine.block(), isolated(spawn(seed, s)):
-                guide_trace = poutine.trace(self.guide).get_trace()
-                prior_trace = poutine.trace(poutine.replay(prior, trace=guide_trace)).get_trace()
-            rows.append(values_of(guide_trace))
-            densities = {"log_prior": prior_trace.log_prob_sum(), "log_guide": guide_trace.log_prob_sum()}
-            stats.append({name: torch.as_tensor(value) for name, value in densities.items()})
-        return _stack(rows), _stack(stats)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -327,7 +340,7 @@ class Posterior:
         with isolated(0):
             program = PyroLoRA(base_model, config, priors=priors, likelihood=likelihood, num_data=meta["num_data"])
         program.task = task
-        _check_fits(program, meta, folder)
+        archive.check_fits(program, meta, folder)
         guide = archive.rebuild(meta["guide"], where=where)
         guide.bind(program)
         try:
@@ -360,32 +373,17 @@ class Posterior:
         adapters = {name: value for name, value in values.items() if name in self.program.sites}
         return export_adapter(self.program.model, self.program.placement, values=adapters, folder=folder)
 
+    def _repr_html_(self) -> str:
+        return table(repr(self), self.program, self.guide, self.history)
+
     def __repr__(self) -> str:
         random = self.guide.random_sites()
         size = sum(self.program.latents[name].shape.numel() for name in random)
         return (
             f"Posterior({type(self.guide).__name__}, β={self.temperature:g}, seed={self.seed}: "
-            f"{len(random)} of {len(self.program.latents)} sites random, {size:,} random numbers)"
+            f"{len(random)} of {len(self.program.latents)} sites random, {size:,} weights)"
         )
-
-
-def values_of(trace: poutine.Trace) -> dict[str, Tensor]:
-    """The value of every sample statement of a guide's trace, auxiliary sites too."""
-    nodes: Any = trace.nodes
-    return {n: x["value"] for n, x in nodes.items() if x["type"] == "sample" and not site_is_subsample(x)}
 
 
 def _stack(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
-
-
-def _check_fits(program: PyroLoRA, meta: Mapping[str, Any], folder: Path) -> None:
-    sites = {name: list(site.shape) for name, site in program.sites.items()}
-    if sites != meta["sites"]:
-        raise ArchiveError(f"{folder}: made for sites {meta['sites']}, this base model has {sites}")
-    if fingerprint(program.model) != meta["fingerprint"]:
-        raise ArchiveError(
-            f"{folder}: the base model's weights are not those that the posterior was fitted on (their fingerprints "
-            "differ). Load the same checkpoint; a head that is not in modules_to_save is initialised at random and "
-            "cannot be the same twice."
-        )

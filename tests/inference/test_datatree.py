@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import arviz_stats
 import numpy as np
 import pytest
 import torch
 
+from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference import datatree
@@ -19,7 +22,7 @@ from tests.programs import sentence_task, tiny_program
 PRIORS = {"*.A": Flat(), "*.B": ARD(0.1), "head.*": Normal(1.0)}
 
 
-def posterior(guide: MeanField | MAP | None = None) -> Posterior:
+def posterior(guide: MeanField | MAP | Laplace | None = None) -> Posterior:
     program = tiny_program(PRIORS)
     guide = guide or MeanField(random="*.B")
     guide.bind(program)
@@ -81,6 +84,25 @@ def test_point_estimates_have_a_row_for_every_draw() -> None:
     """Law: groups agree in the number of draws also where all draws are the same."""
     tree = posterior(MAP()).to_datatree(sentence_task().test, 5)
     assert tree["log_likelihood"]["labels"].shape == tree["posterior_predictive"]["labels"].shape == (1, 5, 12)
+
+
+def test_linearised_predictions_have_as_many_rows_as_points() -> None:
+    """Law: a guide that predicts from natural parameters chooses how many of them there are."""
+    one = posterior(Laplace(num_points=32))
+    one.guide.post_fit(one.program, sentence_task().train)
+    tree = one.to_datatree(sentence_task().test, 5)
+    assert tree["posterior"].sizes["draw"] == 5
+    assert tree["log_likelihood"]["labels"].shape == tree["posterior_predictive"]["labels"].shape == (1, 32, 12)
+
+
+def test_layer_numbers() -> None:
+    """Law: the layers' own numbers; 0, 1, ... for heads and where the names have none that tell layers apart."""
+    sites = tiny_program().sites
+    assert datatree.layer_numbers(sites["lora.query.B"]) == (0, 1)
+    assert datatree.layer_numbers(sites["head.classifier.weight"]) == (0,)
+    named = ("bert.layer.7.query", "bert.layer.3.query")
+    assert datatree.layer_numbers(replace(sites["lora.query.B"], layers=named)) == (7, 3)
+    assert datatree.layer_numbers(replace(sites["lora.query.B"], layers=("a.query", "b.query"))) == (0, 1)
 
 
 def test_predictive_labels_follow_the_probabilities() -> None:

@@ -11,7 +11,7 @@ import torch
 from pyrolora.guides.inducing import Inducing
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
-from pyrolora.inference.noise import noise_to_mean, verdict
+from pyrolora.inference.noise import noise_to_mean, update_squares, verdict
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.randomness import isolated
 from tests.programs import tiny_program
@@ -38,6 +38,17 @@ def test_ratio_is_that_of_explicit_updates() -> None:
         expected = (update - centre).square().sum((1, 2, 3)).mean() / centre.square().sum()
         assert ratio == pytest.approx(float(expected.sqrt()), rel=1e-4)
         assert ratio > 0.1
+
+
+def test_squares_are_those_of_explicit_updates() -> None:
+    """Law: ‖ΔW_s‖², ‖ΔW_s − ΔW̄‖² and ‖ΔW̄‖² of every draw and layer, with the matrices made."""
+    posterior = moved(MeanField(random="lora.*"))
+    draws, mean = posterior.draw(3), posterior.mean()
+    for kind, (whole, noise, own) in update_squares(posterior.program.sites, draws, mean).items():
+        update = 2.0 * draws[f"{kind}.B"] @ draws[f"{kind}.A"]
+        centre = 2.0 * mean[f"{kind}.B"] @ mean[f"{kind}.A"]
+        for found, matrix in ((whole, update), (noise, update - centre), (own, centre)):
+            assert torch.allclose(found, matrix.double().square().sum((-2, -1)), rtol=1e-4)
 
 
 def test_limits() -> None:

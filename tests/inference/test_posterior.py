@@ -110,6 +110,17 @@ def test_log_likelihood_is_of_the_observed_label() -> None:
     assert torch.allclose(values, expected, atol=1e-5)
 
 
+def test_log_likelihood_under_draws_of_some_sites() -> None:
+    """Law: with sites= the other random sites stand at their mean: it is that of a posterior random there alone."""
+    posterior, data = moved(MeanField(random="*")), sentence_task().test
+    values = posterior.log_likelihood(data, 3, sites="lora.query.*")
+    draws, mean = posterior.draw(3), posterior.mean()
+    for s in range(3):
+        chosen = {name: draws[name][s] if name.startswith("lora.query.") else mean[name] for name in mean}
+        expected = logits_by_hand(posterior, chosen).log_softmax(-1)[range(12), data["labels"][:]]
+        assert torch.allclose(values[s], expected, atol=1e-4)
+
+
 def test_save_and_load_round_trip(tmp_path: Path) -> None:
     """Law: a posterior on a fresh base gives the same draws and predictions; files are safetensors and JSON."""
     posterior = moved(MeanField(random="*", noise="example"))
