@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class Recorder:
         self.sites = list(sites)
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
+        self.leaves: list[Tensor] = []
         self._recording = False
 
     @contextlib.contextmanager
@@ -49,6 +51,7 @@ class Recorder:
     def run(self, values: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """One forward pass; returns the natural parameters, on the graph."""
         self.inputs, self.outputs = {}, {}
+        self.leaves = [values[site.name] for site in self.sites]
         self._recording = True
         try:
             logits = self.program.logits(values, batch)
@@ -67,18 +70,37 @@ class Recorder:
         """What the modules of a site were given, layer by layer."""
         return [self.inputs[path] for path, _ in site.holders]
 
-    def gradients(self, logits: Tensor, vector: Tensor, *, keep: bool) -> dict[str, Tensor]:
-        """``∂(v · f)/∂ output`` of every watched module."""
-        paths = list(self.outputs)
-        outputs = [self.outputs[path] for path in paths]
-        found = torch.autograd.grad((logits * vector).sum(), outputs, retain_graph=keep, allow_unused=True)
-        for path, gradient in zip(paths, found, strict=True):
-            if gradient is None:
-                raise ValueError(
-                    f"no gradient reaches {path}: the output does not depend on it, or a kernel behind it has no "
-                    "backward. Leave it out of `random`, or load the base model without that kernel"
-                )
-        return dict(zip(paths, found, strict=True))
+    def gradients(
+        self, logits: Tensor, vector: Tensor, reduce: Callable[[Tensor, Tensor], Tensor], *, keep: bool
+    ) -> dict[str, Tensor]:
+        """``∂(v · f)/∂ output`` of every watched module, reduced with its input while the backward pass runs.
+
+        Args:
+            logits: Of `run`.
+            vector: v.
+            reduce: Of a gradient and a module's input; what is kept of both. The gradients of all outputs at once
+                would be as large as the activations.
+            keep: Whether another vector follows.
+
+        Returns:
+            What ``reduce`` gave, by the module's path.
+        """
+        found: dict[str, Tensor] = {}
+
+        def note(path: str, gradient: Tensor) -> None:
+            found[path] = reduce(gradient.detach(), self.inputs[path])
+
+        with contextlib.ExitStack() as stack:
+            for path, output in self.outputs.items():
+                if output.requires_grad:
+                    stack.callback(output.register_hook(functools.partial(note, path)).remove)
+            torch.autograd.grad((logits * vector).sum(), self.leaves, retain_graph=keep, allow_unused=True)
+        if missing := [path for path in self.outputs if path not in found]:
+            raise ValueError(
+                f"no gradient reaches {missing[0]}: the output does not depend on it, or a kernel behind it has no "
+                "backward. Leave it out of `random`, or load the base model without that kernel"
+            )
+        return found
 
     def _hook(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -106,7 +128,7 @@ def curvature(
     *,
     structure: Structure = "low_rank",
     rank: int = 10,
-    tokens: Tokens = "reduce",
+    tokens: Tokens = "whole",
     exact_up_to: int = 32,
     batch_size: int = 16,
 ) -> tuple[dict[str, Factors], Tensor]:
@@ -145,15 +167,15 @@ def curvature(
             logits = recorder.run(values, batch)
             with torch.no_grad():
                 total += program.likelihood.log_prob(logits.detach(), parameters, batch).sum()
-            reduction = Reduction(tokens, len(logits), batch.get("attention_mask"))
+            kind: Tokens = "whole" if structure == "diagonal" else tokens
+            reduction = Reduction(kind, len(logits), batch.get("attention_mask"))
             for site in sites:
                 found[site.name].add_inputs(recorder.inputs_of(site), reduction)
             vectors = list(
                 program.likelihood.fisher_factors(logits.detach(), parameters, batch, exact_up_to=exact_up_to)
             )
             for i, vector in enumerate(vectors):
-                gradients = recorder.gradients(logits, vector, keep=i + 1 < len(vectors))
+                rows = recorder.gradients(logits, vector, reduction.gradients, keep=i + 1 < len(vectors))
                 for site in sites:
-                    outputs = [gradients[path] for path, _ in site.holders]
-                    found[site.name].add_gradients(outputs, recorder.inputs_of(site), reduction)
+                    found[site.name].add_gradients(torch.stack([rows[path] for path, _ in site.holders]), reduction)
     return found, total

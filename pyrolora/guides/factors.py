@@ -20,9 +20,9 @@ Structure = Literal["low_rank", "dense", "diagonal"]
 class Reduction:
     """How the tokens of an example enter its factors; padding never does.
 
-    An example's exact gradient is ``Σ_t g_t a_tᵀ``. ``reduce`` takes the mean input and the summed gradient for it,
-    ``expand`` every token for an example of its own, ``last`` the last one alone; ``whole`` keeps it as it is, see
-    `KroneckerFactors`.
+    An example's exact gradient is ``W = Σ_t g_t a_tᵀ``. ``whole`` keeps it as it is, see `KroneckerFactors`; ``reduce``
+    takes the mean input and the summed gradient for it, ``expand`` every token for an example of its own, ``last`` the
+    last one alone.
     """
 
     kind: Tokens
@@ -35,8 +35,10 @@ class Reduction:
         rows = self._rows(tokens, real)
         return rows / real.sum(1, keepdim=True).clamp(min=1) if self.kind == "reduce" else rows
 
-    def gradients(self, value: Tensor) -> Tensor:
-        """``(rows, features)`` of the output side; reduced, the sum over an example's tokens."""
+    def gradients(self, value: Tensor, inputs: Tensor) -> Tensor:
+        """``(rows, features)`` of the output side; reduced, the sum over an example's tokens; whole, all the W."""
+        if self.kind == "whole":
+            return weight_gradients(value, inputs, self.size)
         return self._rows(*self._tokens(value))
 
     def weight(self, value: Tensor) -> float:
@@ -150,16 +152,14 @@ class KroneckerFactors:
         self.weight += reduction.weight(values[0])
         self.inputs.add(torch.stack([reduction.inputs(value) for value in values]))
 
-    def add_gradients(self, values: Sequence[Tensor], inputs: Sequence[Tensor], reduction: Reduction) -> None:
-        """One vector's gradients at the modules' outputs, with the modules' inputs."""
+    def add_gradients(self, values: Tensor, reduction: Reduction) -> None:
+        """One vector's gradients, as `Reduction.gradients` gives them, of all layers: ``(layers, …)``."""
         if reduction.kind == "whole":
-            pairs = zip(values, inputs, strict=True)
-            whole = torch.stack([weight_gradients(g, a, reduction.size) for g, a in pairs])
-            self.inputs.add(whole.flatten(1, 2))
-            self.gradients.add(whole.mT.flatten(1, 2))
-            self.weight = self.weight + whole.square().sum((1, 2, 3))
+            self.inputs.add(values.flatten(1, 2))
+            self.gradients.add(values.mT.flatten(1, 2))
+            self.weight = self.weight + values.square().sum((1, 2, 3))
             return
-        self.gradients.add(torch.stack([reduction.gradients(value) for value in values]))
+        self.gradients.add(values)
 
     def merge(self, other: KroneckerFactors) -> KroneckerFactors:
         """The sums of two workers."""
@@ -194,11 +194,9 @@ class DiagonalFactors:
     def add_inputs(self, values: Sequence[Tensor], reduction: Reduction) -> None:
         """Nothing: inputs count with their gradients."""
 
-    def add_gradients(self, values: Sequence[Tensor], inputs: Sequence[Tensor], reduction: Reduction) -> None:
-        """One vector's gradients at the modules' outputs, with the modules' inputs."""
-        self.total += torch.stack(
-            [weight_gradients(g, a, reduction.size).square().sum(0) for g, a in zip(values, inputs, strict=True)]
-        )
+    def add_gradients(self, values: Tensor, reduction: Reduction) -> None:
+        """One vector's whole gradients, ``(layers, b, out, in)``."""
+        self.total += values.square().sum(1)
 
     def merge(self, other: DiagonalFactors) -> DiagonalFactors:
         """The sums of two workers."""

@@ -54,8 +54,8 @@ class Laplace(Guide):
         structure: ``"low_rank"``, ``"dense"`` (both Kronecker factors whole: an ``n × n`` matrix of the large side) or
             ``"diagonal"`` (the exact diagonal of F).
         rank: k of the large side.
-        tokens: ``"reduce"``, ``"expand"``, ``"last"`` or ``"whole"``, see `Reduction`; the diagonal needs no such
-            choice.
+        tokens: ``"whole"``, ``"reduce"`` (KFAC-reduce), ``"expand"`` or ``"last"``, see `Reduction`; the diagonal
+            needs no such choice.
         precision: λ, the prior's precision: ``"marglik"`` maximises the evidence on the training data, ``"val_nll"``
             scales that λ by the factor that predicts the task's validation split best, ``"declared"`` takes the
             declared Normal prior's, and a number is λ itself.
@@ -77,7 +77,7 @@ class Laplace(Guide):
         random: str | Sequence[str] = "lora.*",
         structure: Structure = "low_rank",
         rank: int = 10,
-        tokens: Tokens = "reduce",
+        tokens: Tokens = "whole",
         precision: Precision | float = "marglik",
         scope: Scope = "site",
         predictive: Predictive = "linearised",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,17 +51,11 @@ def slices(
                 f"{tuple(logits.shape)}: use Laplace(predictive='weights')"
             )
         unit = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
+        whole = functools.partial(weight_gradients, size=len(flat))
         for c in range(flat.shape[-1]):
-            gradients = recorder.gradients(flat, unit[c], keep=c + 1 < flat.shape[-1])
-            yield (
-                flat.detach(),
-                {
-                    site.name: torch.stack(
-                        [weight_gradients(gradients[p], recorder.inputs[p], len(flat)) for p, _ in site.holders]
-                    )
-                    for site in sites
-                },
-            )
+            gradients = recorder.gradients(flat, unit[c], whole, keep=c + 1 < flat.shape[-1])
+            own = {site.name: torch.stack([gradients[path] for path, _ in site.holders]) for site in sites}
+            yield flat.detach(), own
 
 
 def jacobians(
