@@ -16,9 +16,14 @@ from pyrolora.adapters.sites import SiteGroup
 from pyrolora.guides.factors import DiagonalFactors, Factors, KroneckerFactors, Reduction, Structure, Tokens
 from pyrolora.program import PyroLoRA, evaluating
 
+Reduce = Callable[[Tensor, Tensor], Tensor]
+"""What is kept of a gradient at a module's output and the module's input."""
+
 
 class Recorder:
-    """Inputs and outputs of the modules that hold the random matrices, caught by forward hooks.
+    """Inputs of the modules that hold the random matrices, and gradients at their outputs, caught by hooks.
+
+    Neither the outputs nor their gradients are kept: together they would be as large as the activations.
 
     Args:
         program: The Pyro model.
@@ -29,8 +34,9 @@ class Recorder:
         self.program = program
         self.sites = list(sites)
         self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self.leaves: list[Tensor] = []
+        self._leaves: list[Tensor] = []
+        self._found: dict[str, Tensor] = {}
+        self._reduce: Reduce | None = None
         self._recording = False
 
     @contextlib.contextmanager
@@ -50,8 +56,8 @@ class Recorder:
 
     def run(self, values: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """One forward pass; returns the natural parameters, on the graph."""
-        self.inputs, self.outputs = {}, {}
-        self.leaves = [values[site.name] for site in self.sites]
+        self.inputs = {}
+        self._leaves = [values[site.name] for site in self.sites]
         self._recording = True
         try:
             logits = self.program.logits(values, batch)
@@ -59,7 +65,7 @@ class Recorder:
             self._recording = False
         for site in self.sites:
             for path, _ in site.holders:
-                if path not in self.outputs:
+                if path not in self.inputs:
                     raise ValueError(
                         f"{path} did not run, so that {site.name!r} has no gradient: is the adapter merged or "
                         "disabled? Call unmerge_adapter() or enable_adapter_layers() on the PEFT model"
@@ -70,32 +76,21 @@ class Recorder:
         """What the modules of a site were given, layer by layer."""
         return [self.inputs[path] for path, _ in site.holders]
 
-    def gradients(
-        self, logits: Tensor, vector: Tensor, reduce: Callable[[Tensor, Tensor], Tensor], *, keep: bool
-    ) -> dict[str, Tensor]:
-        """``∂(v · f)/∂ output`` of every watched module, reduced with its input while the backward pass runs.
+    def gradients(self, logits: Tensor, vector: Tensor, reduce: Reduce, *, keep: bool) -> dict[str, Tensor]:
+        """``∂(v · f)/∂ output`` of every watched module by its path, reduced while the backward pass runs.
 
         Args:
             logits: Of `run`.
             vector: v.
-            reduce: Of a gradient and a module's input; what is kept of both. The gradients of all outputs at once
-                would be as large as the activations.
+            reduce: Of a gradient and a module's input.
             keep: Whether another vector follows.
-
-        Returns:
-            What ``reduce`` gave, by the module's path.
         """
-        found: dict[str, Tensor] = {}
-
-        def note(path: str, gradient: Tensor) -> None:
-            found[path] = reduce(gradient.detach(), self.inputs[path])
-
-        with contextlib.ExitStack() as stack:
-            for path, output in self.outputs.items():
-                if output.requires_grad:
-                    stack.callback(output.register_hook(functools.partial(note, path)).remove)
-            torch.autograd.grad((logits * vector).sum(), self.leaves, retain_graph=keep, allow_unused=True)
-        if missing := [path for path in self.outputs if path not in found]:
+        self._found, self._reduce = {}, reduce
+        try:
+            torch.autograd.grad((logits * vector).sum(), self._leaves, retain_graph=keep, allow_unused=True)
+        finally:
+            found, self._found, self._reduce = self._found, {}, None
+        if missing := [path for path in self.inputs if path not in found]:
             raise ValueError(
                 f"no gradient reaches {missing[0]}: the output does not depend on it, or a kernel behind it has no "
                 "backward. Leave it out of `random`, or load the base model without that kernel"
@@ -106,9 +101,15 @@ class Recorder:
         def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             # Activation checkpointing runs the module again in backward: that is the same evaluation.
             if self._recording:
-                self.inputs[path], self.outputs[path] = inputs[0].detach(), output
+                self.inputs[path] = inputs[0].detach()
+                if output.requires_grad:
+                    output.register_hook(functools.partial(self._note, path))
 
         return note
+
+    def _note(self, path: str, gradient: Tensor) -> None:
+        if self._reduce is not None:
+            self._found[path] = self._reduce(gradient.detach(), self.inputs[path])
 
 
 def batches(program: PyroLoRA, data: Dataset, batch_size: int, *, label: str) -> Iterator[dict[str, Tensor]]:

@@ -145,9 +145,9 @@ class Laplace(Guide):
         self.set_curvature(found, total)
         self._choose_precision(program)
         if isinstance(program.likelihood, ClassLikelihood) and self.predictive != "weights":
-            few = data.select(range(min(len(data), 16)))
-            for batch in batches(program, few, len(few), label="check"):
-                say_whether_noise_drowns(*self.linearised(program, batch))
+            few = batches(program, data.select(range(min(len(data), 16))), self.batch_size, label="check")
+            seen = zip(*(self.linearised(program, batch) for batch in few), strict=True)
+            say_whether_noise_drowns(*map(torch.cat, seen))
 
     def passes(self, num_draws: int, num_outputs: int) -> int:
         linearised = self.is_fitted and self.predictive != "weights" and num_draws > 0
@@ -247,8 +247,8 @@ class Laplace(Guide):
         laws: dict[str, Any] = {latent.name: self.family(latent) for latent in self._wanted_sites()}
         means, covariances = [], []
         for _, mean, jacobian in jacobians(program, self._values(), self._groups(), batch):
-            means.append(mean)
             with torch.no_grad():
+                means.append(mean)
                 covariances.append(covariance_of(laws, jacobian))
         return torch.cat(means), torch.cat(covariances)
 
@@ -282,8 +282,7 @@ class Laplace(Guide):
         return mean + torch.stack([torch.as_tensor(column) for column in columns], -1)
 
     def _choose_precision(self, program: PyroLoRA) -> None:
-        wanted = self._wanted_sites()
-        laws = {latent.name: self.family(latent) for latent in wanted}
+        laws = {latent.name: self.family(latent) for latent in (wanted := self._wanted_sites())}
         if isinstance(self.precision, (int, float)):
             chosen = {name: torch.tensor(float(self.precision)) for name in laws}
         elif self.precision == "declared":
