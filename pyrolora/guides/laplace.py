@@ -118,7 +118,7 @@ class Laplace(Guide):
 
     def family(self, latent: Latent) -> TorchDistributionMixin:
         assert latent.group is not None
-        loc, own = self.points[key(latent)], {name: self._part(name, latent) for name in self._parts(latent)}
+        loc, own = self.centre(latent), {name: self._part(name, latent) for name in self._parts(latent)}
         if self.structure == "diagonal":
             return DiagonalPrecisionNormal(loc, **own, validate_args=False)
         basis = own.pop("basis")
@@ -183,10 +183,8 @@ class Laplace(Guide):
         rows = {}
         for latent in self._wanted_sites():
             q: Any = self.family(latent)
-            rows[latent.name] = {
-                "precision": float(q.precision.log().mean().exp()),
-                "effective": float(q.effective_dimension().sum()),
-            }
+            precision, effective = q.precision.log().mean().exp(), q.effective_dimension().sum()
+            rows[latent.name] = {"precision": float(precision), "effective": float(effective)}
         rows["all"] = {"log_evidence": self.log_evidence()}
         return rows
 
@@ -282,7 +280,8 @@ class Laplace(Guide):
         return mean + torch.stack([torch.as_tensor(column) for column in columns], -1)
 
     def _choose_precision(self, program: PyroLoRA) -> None:
-        laws = {latent.name: self.family(latent) for latent in (wanted := self._wanted_sites())}
+        wanted = self._wanted_sites()
+        laws = {latent.name: self.family(latent) for latent in wanted}
         if isinstance(self.precision, (int, float)):
             chosen = {name: torch.tensor(float(self.precision)) for name in laws}
         elif self.precision == "declared":
