@@ -29,6 +29,7 @@ LAYERS = (
     {"recipe"},
     {"saved"},
     {"diagnostics", "report", "options"},
+    {"commands"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

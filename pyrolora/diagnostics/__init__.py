@@ -8,6 +8,7 @@ from pyrolora.diagnostics.convergence import rhat
 from pyrolora.diagnostics.diagnose import Diagnosis, diagnose
 from pyrolora.diagnostics.differences import Contrast, Difference, difference
 from pyrolora.diagnostics.evaluation import Evaluation, evaluate_posterior, evaluate_prediction
+from pyrolora.diagnostics.language import LanguageEvaluation, evaluate_language
 from pyrolora.diagnostics.ood import evaluate_ood, separation
 from pyrolora.diagnostics.psis import compare_loo, guide_khat, loo
 from pyrolora.diagnostics.selective import RiskCoverageCurve, evaluate_selective, risk_coverage_curve
@@ -27,6 +28,7 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "Finding",
+    "LanguageEvaluation",
     "Predictive",
     "ReliabilityCurve",
     "RiskCoverageCurve",
@@ -39,6 +41,7 @@ __all__ = [
     "diagnose",
     "difference",
     "evaluate",
+    "evaluate_language",
     "evaluate_ood",
     "evaluate_posterior",
     "evaluate_prediction",

@@ -1,0 +1,8 @@
+"""Commands: each a function whose signature is its options and whose docstring its help."""
+
+from pyrolora.commands.comparing import compare, report
+from pyrolora.commands.fitting import fit, sites
+from pyrolora.commands.judging import diagnose, evaluate
+from pyrolora.commands.using import export, predict
+
+__all__ = ["compare", "diagnose", "evaluate", "export", "fit", "predict", "report", "sites"]

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pyrolora.cli import main
+from tests.terminal import Captured
+
+
+def test_compare_and_report(recipe: Path, tmp_path: Path, capsys: Captured) -> None:
+    """Law: compare takes guides as a list, prints a table, and writes results and a report that can be made again."""
+    main(["compare", str(recipe), "--guides", "MAP", "MeanField", "--seeds", "1", "--output", str(tmp_path)])
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {cell["method"] for cell in results["cells"]} == {"LoRA", "MAP", "MeanField"}
+    for cell in results["cells"]:
+        assert f"{cell['metrics']['nll']['value']:.3f} → {cell['scaled_metrics']['nll']['value']:.3f}" in out
+    assert "MeanField − LoRA, scaled: accuracy" in out
+    page = (tmp_path / "report.html").read_text()
+    assert "MeanField" in page
+    (tmp_path / "report.html").unlink()
+    posteriors = [str(tmp_path / "MAP-seed0"), str(tmp_path / "MeanField-seed0")]
+    two = tmp_path / "two"
+    main(["compare", "--posteriors", *posteriors, "--baseline", "MeanField-seed0", "--output", str(two)])
+    assert "MAP-seed0 − MeanField-seed0: accuracy" in capsys.readouterr().out
+    main(["report", str(tmp_path), str(two)])
+    assert (tmp_path / "report.html").read_text() == page
+    assert "MAP-seed0" in (two / "report.html").read_text()
+    main(["evaluate", str(tmp_path / "LoRA-seed0")])
+    assert "1 draw(s)" in capsys.readouterr().out
