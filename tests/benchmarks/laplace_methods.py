@@ -257,7 +257,7 @@ METHODS: dict[str, Callable[[Setup], Method]] = {
     "pyrolora": Pyrolora,
     "pyrolora, one label": partial(Pyrolora, exact_up_to=0),
     "pyrolora, dense": partial(Pyrolora, structure="dense"),
-    "pyrolora, whole gradients": partial(Pyrolora, tokens="whole"),
+    "pyrolora, reduced": partial(Pyrolora, tokens="reduce"),
     "pyrolora, diagonal": partial(Pyrolora, structure="diagonal"),
     "laplace-torch, Curvlinops": partial(LaplaceTorch, backend="CurvlinopsGGN"),
     "laplace-torch, Curvlinops, one label": partial(LaplaceTorch, backend="CurvlinopsGGN", stochastic=True),
