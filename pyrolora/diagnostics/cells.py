@@ -24,6 +24,7 @@ from pyrolora.diagnostics.bootstrap import Resampled
 from pyrolora.diagnostics.differences import Resamples
 from pyrolora.diagnostics.evaluation import Evaluation, evaluate_prediction, fit_scaling
 from pyrolora.diagnostics.memory import peak_memory
+from pyrolora.diagnostics.weights import layer_table, summarise
 from pyrolora.guides.map import MAP
 from pyrolora.inference.archive import ArchiveError, read_meta, replacing, write_json
 from pyrolora.inference.fit import fit
@@ -33,7 +34,7 @@ from pyrolora.recipe import Recipe, classes
 from pyrolora.saved import posterior_of, save
 from pyrolora.tasks.base import Task
 
-FORMAT = 2
+FORMAT = 3
 BASELINE = "LoRA"
 KEPT_DRAWS = 4_000_000  # numbers of a split's draws that a cell keeps: 16 MB
 
@@ -115,12 +116,14 @@ class Record:
         log_mean: Split → log p(k | x_n), (n, K).
         draws: Split → log p(k | x_n, θ_s), (S, n, K), where they are few enough.
         resampled: Split → metrics on the common resamples.
+        layers: Rows of `weights.layer_table`; none for a point estimate.
     """
 
     cells: list[dict[str, Any]]
     log_mean: dict[str, torch.Tensor]
     draws: dict[str, torch.Tensor]
     resampled: dict[str, Resamples]
+    layers: list[dict[str, Any]]
 
 
 def plain(name: str) -> str:
@@ -155,7 +158,8 @@ def compute(cell: Cell, task: Task) -> None:
         tensors |= {f"{split}/{name}": value for name, value in _tensors(prediction, found).items()}
     with replacing(cell.path.with_suffix(".safetensors")) as new:
         save_file(tensors, str(new))
-    write_json(cell.path, {"key": evaluation_key(cell, task), "cells": entries})
+    layers = _layers(posterior, cell.num_draws)
+    write_json(cell.path, {"key": evaluation_key(cell, task), "cells": entries, "layers": layers})
 
 
 def is_finished(cell: Cell, task: Task) -> bool:
@@ -171,7 +175,8 @@ def is_finished(cell: Cell, task: Task) -> bool:
 
 def read(cell: Cell) -> Record:
     """A finished cell."""
-    entries = json.loads(cell.path.read_text(encoding="utf-8"))["cells"]
+    content = json.loads(cell.path.read_text(encoding="utf-8"))
+    entries = content["cells"]
     tensors = load_file(cell.path.with_suffix(".safetensors"))
     splits = [entry["split"] for entry in entries]
     resampled: dict[str, dict[bool, dict[str, Resampled]]] = {split: {} for split in splits}
@@ -184,7 +189,7 @@ def read(cell: Cell) -> Record:
         {split: tensors[f"{split}/{kind}"] for split in splits if f"{split}/{kind}" in tensors}
         for kind in ("log_mean", "draws")
     )
-    return Record(entries, log_mean, draws, dict(resampled))
+    return Record(entries, log_mean, draws, dict(resampled), content["layers"])
 
 
 def is_labelled(rows: Dataset) -> bool:
@@ -267,6 +272,14 @@ def _entry(cell: Cell, split: str, found: Evaluation, cost: Mapping[str, Any]) -
         del content[name]
     about = {"method": cell.method.name, "description": cell.method.description, "seed": cell.seed, "split": split}
     return {**about, "cost": dict(cost), **content}
+
+
+def _layers(posterior: Posterior, num_draws: int) -> list[dict[str, Any]]:
+    """What the posterior did to each layer; not where its predictions come from elsewhere than the weights."""
+    if not posterior.guide.random_sites():
+        return []
+    rows = layer_table(posterior, summarise(posterior, max(num_draws, 2), seed=posterior.seed))
+    return rows.to_dict("records")  # type: ignore[return-value]
 
 
 def _tensors(prediction: Prediction, found: Evaluation) -> dict[str, torch.Tensor]:

@@ -27,6 +27,12 @@ EXAMPLES = 4  # of each kind
 SHOWN_DRAWS = 64
 CONFIDENT = 0.7
 
+LAYERS = {
+    "kl_per_number": ("KL(q ‖ p)", "nats for each random number"),
+    "noise_to_mean": ("Noise of ΔW", "its size in units of the mean ΔW"),
+    "effective_rank": ("Effective rank", "of the mean ΔW"),
+}
+
 Records = Sequence[tuple[Cell, Record]]
 
 
@@ -62,6 +68,7 @@ def assemble(finished: Sequence[Cell], task: Task, *, baseline: str, recipes: Se
         "cells": [entry for _, record in records for entry in record.cells],
         "contrasts": _contrasts(records, baseline),
         "examples": _examples(records, task),
+        "heatmaps": _heatmaps(records),
     }
 
 
@@ -135,6 +142,21 @@ def _differences(results: Mapping[str, Any], split: str) -> list[str]:
 def _mean(found: Sequence[Mapping[str, Any]], kind: str, metric: str) -> float:
     values = [cell[kind][metric]["value"] for cell in found]
     return math.inf if None in values else math.fsum(values) / len(values)  # JSON holds an infinite NLL as null
+
+
+def _heatmaps(records: Records) -> list[dict[str, Any]]:
+    """What each method did to the layers: means over seeds of what its cells found; methods without noise have none."""
+    frames = [pd.DataFrame(record.layers).assign(method=cell.method.name) for cell, record in records if record.layers]
+    found: list[dict[str, Any]] = []
+    for method, rows in pd.concat(frames).groupby("method", sort=False) if frames else ():
+        for column, (title, unit) in LAYERS.items():
+            means = rows.assign(**{column: pd.to_numeric(rows[column])}).groupby(["kind", "layer"], sort=False)[column]
+            values: dict[str, dict[str, float]] = {}
+            for (kind, layer), value in means.mean().dropna().items():  # type: ignore[misc]
+                values.setdefault(str(kind), {})[str(layer)] = float(value)
+            if values:
+                found.append({"title": title, "unit": unit, "method": str(method), "values": values})
+    return found
 
 
 def _contrasts(records: Records, baseline: str) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ from pyrolora.report.plots import reliability_png
 from pyrolora.report.summary import by_method, reported_split, sentences, show
 from pyrolora.report.view import View
 
-FORMAT = 2
+FORMAT = 3
 
 
 def write_report(results: Mapping[str, Any], path: Path) -> Path:

@@ -28,12 +28,38 @@ def test_results_have_the_form_of_the_report(finished: tuple[Path, dict[str, Any
     page = render(results)
     for text in ("LoRA", "MAP", "MeanField", "far", "Normal(scale=0.1)", "an independent Normal for every weight"):
         assert text in page
-    for section in ("differences", "reliability", "risk", "uncertainty", "averaging", "shifts", "examples", "costs"):
+    for section in (
+        "differences",
+        "reliability",
+        "risk",
+        "uncertainty",
+        "averaging",
+        "shifts",
+        "examples",
+        "layers",
+        "costs",
+    ):
         assert f'<h2 id="{section}">' in page
     assert results["settings"]["temperature"] == {"LoRA": 1.0, "MAP": 1.0, "MeanField": 1.0}
     (described,) = results["settings"]["recipes"]
     assert described["name"] == "tiny" and "class_path" in described["text"] and described["git"] is None
     assert results["task"]["class_names"] == ["0", "1"]
+
+
+def test_heat_maps_are_means_over_seeds(finished: tuple[Path, dict[str, Any]], recipe: Path) -> None:
+    """Law: for each method with noise and each summary, the mean over seeds of the cells' layer tables."""
+    output, results = finished
+    assert {(h["title"], h["method"]) for h in results["heatmaps"]} == {
+        (title, "MeanField") for title, _ in module.LAYERS.values()
+    }
+    (noise,) = (h for h in results["heatmaps"] if h["title"] == "Noise of ΔW")
+    own = [cells.read(Cell(Method("MeanField", "MeanField", Recipe.read(recipe)), s, 4, output)).layers for s in (0, 1)]
+    assert own[0] != own[1]
+    for rows in zip(*own, strict=True):
+        kind, layer = rows[0]["kind"], str(rows[0]["layer"])
+        if rows[0]["noise_to_mean"] is not None:
+            assert noise["values"][kind][layer] == pytest.approx(sum(r["noise_to_mean"] for r in rows) / 2)
+    assert set(noise["values"]) == {"query", "value"}
 
 
 def test_contrasts_are_paired_by_seed(finished: tuple[Path, dict[str, Any]], recipe: Path) -> None:

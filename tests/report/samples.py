@@ -93,7 +93,7 @@ def results() -> dict[str, Any]:
     ]
     cells += [cell("MeanField", 0.9123, split="arc_easy", draws=16), cell("LoRA", 1.3, split="arc_easy")]
     return {
-        "format": 2,
+        "format": 3,
         "title": "A comparison",
         "baseline": "LoRA",
         "task": {"name": "sst2", "class_names": ["bad", "good"], "splits": {"train": 400, "test": 600, "arc_easy": 77}},
