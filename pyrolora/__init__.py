@@ -6,6 +6,7 @@ from pyrolora import guides, likelihoods, priors, tasks
 from pyrolora.diagnostics.compare import Comparison, compare
 from pyrolora.diagnostics.diagnose import Diagnosis, diagnose
 from pyrolora.inference.fit import default_arguments, fit
+from pyrolora.inference.join import join
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.prediction import Prediction
 from pyrolora.program import PyroLoRA
@@ -26,6 +27,7 @@ __all__ = [
     "diagnose",
     "fit",
     "guides",
+    "join",
     "likelihoods",
     "priors",
     "tasks",

@@ -1,9 +1,10 @@
 """Guides: interchangeable approximations of one and the same program's posterior."""
 
 from pyrolora.guides.base import Guide
+from pyrolora.guides.ensemble import Ensemble
 from pyrolora.guides.inducing import Inducing
 from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 
-__all__ = ["MAP", "Guide", "Inducing", "Laplace", "MeanField"]
+__all__ = ["MAP", "Ensemble", "Guide", "Inducing", "Laplace", "MeanField"]

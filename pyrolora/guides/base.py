@@ -40,9 +40,11 @@ class Guide(nn.Module):
 
     Attributes:
         optimise: Whether `fit` runs the optimiser; guides that start from a finished adapter set it to False.
+        turn: The number of the draw to come, by which mixtures take their parts in turn; None: one at random.
     """
 
     optimise: bool = True
+    turn: int | None = None
 
     def __init__(self, *, random: str | Sequence[str] = "*"):
         super().__init__()
@@ -74,8 +76,12 @@ class Guide(nn.Module):
         """What stands on the base model while the guide trains: noise in activation space, for instance."""
         return contextlib.nullcontext()
 
+    def parts(self) -> Sequence[Guide]:
+        """The parts of an ensemble, each of which `fit` trains on its own; empty where the guide is trained as one."""
+        return ()
+
     def passes(self, num_draws: int, num_outputs: int) -> int:
-        """Passes through the base model, forward and backward, that one prediction takes.
+        """Passes through the base model, forward and backward, that one prediction takes; also how many draws serve it.
 
         Args:
             num_draws: S.

@@ -20,7 +20,7 @@ from pyrolora.adapters.checkpoint import export_adapter, fingerprint
 from pyrolora.guides.base import Guide, matches
 from pyrolora.inference import archive, datatree
 from pyrolora.inference.archive import ArchiveError
-from pyrolora.inference.density import paired_traces, values_of
+from pyrolora.inference.density import paired_traces, traces, values_of
 from pyrolora.inference.display import table
 from pyrolora.inference.noise import noise_to_mean
 from pyrolora.inference.predict import Function, Runner, log_likelihood, log_probabilities
@@ -66,13 +66,7 @@ class Posterior:
         """
         if num_draws < 1:
             raise ValueError(f"num_draws is at least 1, not {num_draws}")
-        self.guide.eval()
-        rows = []
-        with poutine.block():
-            for s in range(num_draws):
-                with isolated(spawn(seed, s)):
-                    rows.append(values_of(poutine.trace(self.guide).get_trace()))
-        return _stack(rows)
+        return _stack([values_of(trace) for trace in traces(self.guide, num_draws, seed=seed)])
 
     def mean(self) -> dict[str, Tensor]:
         """One value of every site that stands for the whole posterior, ``{site: site_shape}``."""
@@ -185,9 +179,8 @@ class Posterior:
             return Runner(self.program, {}, self.mean(), natural=natural)
         random = {name for name in self.guide.random_sites() if matches(name, sites)} if num_draws > 0 else set()
         fixed = {name: value for name, value in self.mean().items() if name not in random}
-        draws = (
-            {name: value for name, value in self.draw(num_draws, seed=seed).items() if name in random} if random else {}
-        )
+        draws = self.draw(self.guide.passes(num_draws, 0), seed=seed) if random else {}
+        draws = {name: value for name, value in draws.items() if name in random}
         return Runner(self.program, draws, fixed, chunk_size=chunk_size, vectorise=vectorise)
 
     def _check_data(self, data: Dataset) -> None:
@@ -228,6 +221,8 @@ class Posterior:
         Raises:
             ValueError: More than 20 million numbers in a group.
         """
+        if self.guide.random_sites():
+            num_draws = max(self.guide.passes(num_draws, 0), num_draws)  # an ensemble's members count the same
         latents = datatree.select({**self.program.latents, **self._auxiliary()}, var_names)
         datatree.check_size(latents, num_draws)
         prior = poutine.reparam(self.program.sample_latents, config=self.guide.reparametrisations())
@@ -386,4 +381,6 @@ class Posterior:
 
 
 def _stack(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    # Auxiliary sites that only some members of an ensemble have are none of the ensemble's.
+    shared = [name for name in items[0] if all(name in item for item in items)]
+    return {name: torch.stack([item[name] for item in items]) for name in shared}

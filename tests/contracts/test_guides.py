@@ -28,6 +28,9 @@ MIXED = {"lora.query.A": ARD(0.1), "*.A": Hierarchical(0.2), "*.B": Flat(), "hea
 
 # Guides whose arguments choose between different constructions are walked in each.
 VARIANTS = {
+    "Ensemble, one": {"guide": guides.MeanField(), "size": 1},
+    "Ensemble, of posteriors": {"guide": [guides.MeanField(), guides.Inducing()]},
+} | {
     f"Inducing, factors, {q}": {"structure": "factors", "random": "lora.*", "posterior": q}
     for q in ("diagonal", "matrix", "full", "flow", "ensemble")
 }
@@ -110,13 +113,13 @@ def test_the_model_really_runs(guide: Guide, program: PyroLoRA) -> None:
 def test_every_parameter_gets_a_gradient(guide: Guide, program: PyroLoRA) -> None:
     """Law: no parameter of a guide is idle, and all gradients are finite."""
     guide.bind(program)
-    objective = Objective(program, guide)
-    with guide.hooks(program):
-        # B starts at zero, where A's likelihood gradient vanishes: move off that point.
-        with torch.no_grad():
-            for parameter in guide.parameters():
-                parameter.add_(0.01)
-        objective(whole_batch(program)).backward()
+    # B starts at zero, where A's likelihood gradient vanishes: move off that point.
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.01)
+    for part in guide.parts() or [guide]:
+        with part.hooks(program):
+            Objective(program, part)(whole_batch(program)).backward()
     for name, parameter in guide.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -140,7 +143,9 @@ def test_same_seed_same_draws(guide: Guide, program: PyroLoRA) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(few[n], many[n][:2]) for n in few)
     random = guide.random_sites()
-    assert all((posterior.draw(2, seed=6)[n] != few[n]).any() for n in random)
+    # Which member of an ensemble draw s is of does not depend on the seed.
+    drawn = {n for part in guide.parts() or [guide] for n in part.random_sites()}
+    assert all((posterior.draw(2, seed=6)[n] != few[n]).any() for n in drawn)
     assert all((many[n] == many[n][0]).all() for n in program.latents if n not in random)
 
 
