@@ -82,12 +82,17 @@ def lora(**options: object) -> LoraConfig:
 
 
 def tiny_program(
-    priors: Mapping[str, Prior] | None = None, *, seed: int = 0, dropout: float = 0.0, size: int = 24
+    priors: Mapping[str, Prior] | None = None,
+    *,
+    seed: int = 0,
+    dropout: float = 0.0,
+    size: int = 24,
+    adapter: LoraConfig | None = None,
 ) -> PyroLoRA:
     """A random two-layer BERT with LoRA on query and value, classifying generated sentences."""
     model = tiny_bert(seed=seed, dropout=dropout)
     with isolated(seed):
-        return PyroLoRA(model, lora(), priors=priors or PRIORS, task=sentence_task(size))
+        return PyroLoRA(model, adapter or lora(), priors=priors or PRIORS, task=sentence_task(size))
 
 
 def untrained(guide: Guide) -> Posterior:

@@ -13,7 +13,7 @@ from pyrolora.diagnostics.ood import evaluate_ood, separation
 from pyrolora.diagnostics.psis import compare_loo, guide_khat, loo
 from pyrolora.diagnostics.selective import RiskCoverageCurve, evaluate_selective, risk_coverage_curve
 from pyrolora.diagnostics.sensitivity import power_scaling
-from pyrolora.diagnostics.temperature import fit_temperature, scale
+from pyrolora.diagnostics.temperature import calibrate, fit_temperature, scale
 from pyrolora.diagnostics.uncertainty import Component, DrawsCurve, Uncertainty, decompose, nll_by_draws
 from pyrolora.diagnostics.verdict import Finding
 from pyrolora.diagnostics.weights import Weights, summarise
@@ -34,6 +34,7 @@ __all__ = [
     "RiskCoverageCurve",
     "Uncertainty",
     "Weights",
+    "calibrate",
     "check",
     "compare",
     "compare_loo",

@@ -1,10 +1,12 @@
 """Guides: interchangeable approximations of one and the same program's posterior."""
 
 from pyrolora.guides.base import Guide
+from pyrolora.guides.dropout import Dropout
 from pyrolora.guides.ensemble import Ensemble
 from pyrolora.guides.inducing import Inducing
 from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
+from pyrolora.guides.tfb import TFB
 
-__all__ = ["MAP", "Ensemble", "Guide", "Inducing", "Laplace", "MeanField"]
+__all__ = ["MAP", "TFB", "Dropout", "Ensemble", "Guide", "Inducing", "Laplace", "MeanField"]

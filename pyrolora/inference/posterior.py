@@ -51,6 +51,7 @@ class Posterior:
         self.guide = guide
         self.temperature = temperature
         self.seed = seed
+        self.scaling = 1.0
         self.history: list[dict[str, Any]] = []
 
     # -- draws -------------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ class Posterior:
         chunk_size: int = 8,
         vectorise: bool | None = None,
     ) -> Prediction:
-        """The posterior predictive over classes: probabilities averaged over draws.
+        """The posterior predictive over classes: probabilities averaged over draws, at the temperature `scaling`.
 
         Args:
             data: A tokenised split of the task (`task.test`, or `task.tokenise(rows)`).
@@ -127,7 +128,7 @@ class Posterior:
             order += rows
         columns = {name: data[name][:] for name in ("labels", "text") if name in data.column_names}
         assert builder is not None
-        return builder.build(torch.tensor(order), columns)
+        return builder.build(torch.tensor(order), columns).scaled(self.scaling)
 
     def log_likelihood(
         self,
@@ -292,6 +293,7 @@ class Posterior:
             "likelihood": archive.describe(program.likelihood),
             "num_data": program.num_data,
             "temperature": self.temperature,
+            "scaling": self.scaling,
             "seed": self.seed,
             "class_names": list(self._class_names()),
             "sites": {name: list(site.shape) for name, site in program.sites.items()},
@@ -345,7 +347,7 @@ class Posterior:
                 f"{folder / 'posterior.safetensors'} does not fit its posterior.json: {error}"
             ) from error
         posterior = cls(program, guide.to(program.device), temperature=meta["temperature"], seed=meta["seed"])
-        posterior.history = meta["history"]
+        posterior.scaling, posterior.history = meta["scaling"], meta["history"]
         guide.eval()
         return posterior
 
