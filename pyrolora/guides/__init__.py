@@ -7,6 +7,8 @@ from pyrolora.guides.inducing import Inducing
 from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
+from pyrolora.guides.subspace import Subspace
+from pyrolora.guides.swag import SWAG
 from pyrolora.guides.tfb import TFB
 
-__all__ = ["MAP", "TFB", "Dropout", "Ensemble", "Guide", "Inducing", "Laplace", "MeanField"]
+__all__ = ["MAP", "SWAG", "TFB", "Dropout", "Ensemble", "Guide", "Inducing", "Laplace", "MeanField", "Subspace"]

@@ -7,9 +7,11 @@ site*, so that closed-form KLs apply, and returns ``{site: value}``. It knows no
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
@@ -24,6 +26,33 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyrolora.program import Batch, Latent, PyroLoRA
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a training run stands, as a guide needs to know it.
+
+    Attributes:
+        number: Of the optimiser's step, from 1.
+        total: Steps of the whole run.
+        learning_rate: Of this step, in the first parameter group.
+        temperature: β of the objective ``L_β``.
+        num_data: N; the gradients are those of ``−L_β / N``.
+    """
+
+    number: int
+    total: int
+    learning_rate: float
+    temperature: float
+    num_data: int
+
+    def is_one_of(self, count: int, *, start: float) -> bool:
+        """Whether this is one of ``count`` evenly spaced steps after the fraction ``start`` of the run.
+
+        The last step is one; a run of fewer steps than ``count`` has them all.
+        """
+        done, before = ((n / self.total - start) / (1 - start) * count for n in (self.number, self.number - 1))
+        return done > 1e-9 and math.floor(done + 1e-9) > math.floor(max(before, 0.0) + 1e-9)
 
 
 class Guide(nn.Module):
@@ -75,6 +104,16 @@ class Guide(nn.Module):
     def hooks(self, program: PyroLoRA) -> AbstractContextManager:
         """What stands on the base model while the guide trains: noise in activation space, for instance."""
         return contextlib.nullcontext()
+
+    def training_arguments(self, args: Any) -> Any:
+        """The `TrainingArguments` of a run, with those that the method prescribes changed (on a copy)."""
+        return args
+
+    def before_step(self, step: Step) -> None:
+        """Called before every step of the optimiser, when the gradients are complete: noise for a sampler, say."""
+
+    def after_step(self, step: Step) -> None:
+        """Called after every step of the optimiser and before a checkpoint, which holds what is noted in buffers."""
 
     def parts(self) -> Sequence[Guide]:
         """The parts of an ensemble, each of which `fit` trains on its own; empty where the guide is trained as one."""

@@ -112,7 +112,7 @@ def _fit_part(
         return history
     if guide.optimise:
         objective = Objective(program, guide, posterior.temperature, num_particles)
-        history = _train(objective, posterior, train=train, args=args, **options)
+        history = _train(objective, posterior, train=train, args=guide.training_arguments(args), **options)
     else:
         _check_first_batch(program, train)
     guide.eval()
@@ -148,6 +148,8 @@ def _train(
     _check_first_batch(program, train)
     output = Path(args.output_dir or tempfile.gettempdir())
     checkpoint = last_checkpoint(output) if resume else None
+    if checkpoint and (log := trainer.finished(checkpoint)) is not None:
+        return log
     try:
         with objective.guide.hooks(program):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -202,7 +202,7 @@ def test_starts_at_the_adapter_that_peft_holds(guide: Guide, program: PyroLoRA) 
 
 def test_elbo_is_below_the_log_evidence(guide: Guide) -> None:
     """Law: ELBO ≤ log p(y), for any parameters, on a program whose evidence is known (random sites only)."""
-    if isinstance(guide, guides.Dropout):
+    if isinstance(guide, guides.MAP | guides.SWAG):  # whose randomness comes after the fit, if at all
         pytest.skip("a point estimate has no finite evidence bound")
     truth = linear_gaussian()
     guide.random = "*.A" if guide.random else ()

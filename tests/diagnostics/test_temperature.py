@@ -130,7 +130,7 @@ def test_calibrating_scales_the_mean_predictive_of_any_posterior(guide):
     assert posterior.scaling == 1.0 and calibrate(calibrated, validation, num_draws=4).scaling == calibrated.scaling
 
 
-def test_temperature_one_changes_nothing():
+def test_a_prediction_at_temperature_one_is_itself():
     """Law: at τ = 1 every number of a prediction is bitwise the same; it is the same object."""
     prediction = untrained(MAP()).predict(sentence_task().test)
     assert prediction.scaled(1.0) is prediction
@@ -147,7 +147,7 @@ def test_scaling_leaves_the_mutual_information(temperature):
 
 
 def test_calibration_is_saved_with_the_posterior(tmp_path):
-    """Law: a loaded posterior predicts at its temperature; files from before have 1; others than positive are refused."""
+    """Law: a loaded posterior predicts at its temperature; older files have 1; only positive ones are read."""
     task = sentence_task()
     calibrated = calibrate(untrained(MAP()), task.validation)
     calibrated.save_pretrained(tmp_path)

@@ -68,7 +68,7 @@ def test_draws_differ_and_average_to_the_prediction() -> None:
 
 
 def test_masks_depend_on_the_seed_alone() -> None:
-    """Law: the same seed gives the same prediction, more draws extend fewer, and the caller's generator is untouched."""
+    """Law: the same seed gives the same draws, more extend fewer, and the caller's generator is untouched."""
     fitted, test = posterior(), sentence_task().test
     before = torch.random.get_rng_state()
     few, many = (fitted.predict(test, size, seed=4, batch_size=5).draws for size in (2, 3))

@@ -45,7 +45,7 @@ def test_the_rotation_leaves_the_update_unchanged() -> None:
 
 
 def test_noise_is_inverse_to_the_singular_values(tmp_path: Path) -> None:
-    """Law: in rotated coordinates std(A'_ij) = σ_q/d_i, independent; B' times it has the same size in every direction."""
+    """Law: in rotated coordinates std(A'_ij) = σ_q/d_i, independent; B' times it has one size."""
     guide = TFB()
     guide.bind(trained(tmp_path))
     guide.get_buffer("found")[0] = 0.3
