@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -55,6 +55,21 @@ class Step:
         return done > 1e-9 and math.floor(done + 1e-9) > math.floor(max(before, 0.0) + 1e-9)
 
 
+@dataclass(frozen=True)
+class Card:
+    """A kind of guide in a table of methods; costs are passes through the base model.
+
+    Attributes:
+        random: What is random.
+        training: What a fit costs.
+        prediction: What a prediction costs: S draws, K classes, M members.
+    """
+
+    random: str
+    training: str
+    prediction: str
+
+
 class Guide(nn.Module):
     """Base class of all guides.
 
@@ -68,10 +83,12 @@ class Guide(nn.Module):
         random: Shell-style pattern(s) of the site names that are random, ``"*.A"`` for instance.
 
     Attributes:
+        card: What is random, and what it costs, for the table of methods.
         optimise: Whether `fit` runs the optimiser; guides that start from a finished adapter set it to False.
         turn: The number of the draw to come, by which mixtures take their parts in turn; None: one at random.
     """
 
+    card: ClassVar[Card] = Card("sites that match `random`", "1 a step", "S")
     optimise: bool = True
     turn: int | None = None
 
@@ -245,8 +262,12 @@ class Guide(nn.Module):
 
     def _is_held(self, latent: Latent) -> bool:
         # Scale and weights have no useful joint mode: the density is unbounded as both shrink to zero.
+        return self._is_hyper(latent) and not self.is_random(self._owner(latent))  # type: ignore[arg-type]
+
+    def _is_hyper(self, latent: Latent) -> bool:
+        """Whether a site is a hyper-parameter of an adapter's prior."""
         owner = self._owner(latent)
-        return owner is not None and owner is not latent and not self.is_random(owner)
+        return owner is not None and owner is not latent
 
     def _owner(self, latent: Latent) -> Latent | None:
         """The adapter site that a latent is, or whose hyper-parameter it is; None for the likelihood's parameters."""

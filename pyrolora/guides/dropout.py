@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyrolora.guides.base import Card
 from pyrolora.guides.map import MAP
 from pyrolora.program import Batch, PyroLoRA
 
@@ -26,6 +27,8 @@ class Dropout(MAP):
 
     Source: Gal & Ghahramani 2016; on LoRA as a baseline, Wang et al. 2024 (BLoB), section 5.
     """
+
+    card = Card("LoRA's dropout masks", "1 a step", "S")
 
     def bind(self, program: PyroLoRA) -> None:
         if not _masks(program):

@@ -12,7 +12,7 @@ import torch
 from pyro.infer.reparam.reparam import Reparam
 from torch import Tensor, nn
 
-from pyrolora.guides.base import Guide
+from pyrolora.guides.base import Card, Guide
 from pyrolora.guides.map import MAP
 from pyrolora.program import Batch, Latent, PyroLoRA
 
@@ -38,6 +38,8 @@ class Ensemble(Guide):
 
     Source: Lakshminarayanan et al. 2017; of posteriors, Wilson & Izmailov 2020 (multi-SWAG), section 3.
     """
+
+    card = Card("which of M fits it is", "M fits", "M, or M times the members'")
 
     def __init__(self, guide: Guide | Sequence[Guide] | None = None, size: int | None = None):
         super().__init__()

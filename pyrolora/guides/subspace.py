@@ -10,6 +10,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from pyrolora.distributions.inducing import Colouring, InducedMatrixNormal
+from pyrolora.guides.base import Card
 from pyrolora.guides.inducing import Inducing
 from pyrolora.guides.inducing_families import Diagonal, Family
 from pyrolora.program import Latent
@@ -30,6 +31,8 @@ class Subspace(Inducing):
 
     Source: Samplawski et al. 2025 (arXiv 2506.21408); its public code has the KL reversed.
     """
+
+    card = Card("a number for each rank of each layer", "1 a step", "S")
 
     def __init__(
         self,

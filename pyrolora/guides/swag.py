@@ -12,7 +12,7 @@ from datasets import Dataset
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
-from pyrolora.guides.base import Guide, Step, key
+from pyrolora.guides.base import Card, Guide, Step, key
 from pyrolora.program import Batch, Latent, PyroLoRA
 
 _MOMENTS = ("mean", "squares", "deviations")
@@ -35,9 +35,11 @@ class SWAG(Guide):
     Source: Maddox et al. 2019, algorithm 1; on LoRA, Onal et al. 2024.
     """
 
+    card = Card("adapters and heads: a Gaussian of the trajectory", "1 a step", "S")
+
     def __init__(self, *, rank: int = 20, num_models: int = 40, start: float = 0.5):
         super().__init__()
-        if not (num_models >= 2 and 0 <= start < 1 and (rank == 0 or 2 <= rank)):
+        if not (num_models >= 2 and 0 <= start < 1 and (rank == 0 or rank >= 2)):
             raise ValueError("SWAG: num_models is at least 2, start in [0, 1), rank 0 or at least 2")
         self.rank, self.num_models, self.start = rank, num_models, start
         self._white: Tensor | None = None
@@ -80,7 +82,7 @@ class SWAG(Guide):
         return self._moments(latent)[0]
 
     def training_arguments(self, args: Any) -> Any:
-        """A learning rate that stays constant after warm-up: under one that decays the trajectory would come to rest."""
+        """A learning rate that is constant after warm-up: under one that decays the trajectory would come to rest."""
         args = copy.copy(args)
         args.lr_scheduler_type, args.lr_scheduler_kwargs = "constant_with_warmup", {}
         return args
@@ -125,6 +127,4 @@ class SWAG(Guide):
     def _wanted_sites(self) -> list[Latent]:
         return [latent for latent in self.latents.values() if latent.group is not None]
 
-    def _is_held(self, latent: Latent) -> bool:
-        owner = self._owner(latent)
-        return owner is not None and owner is not latent
+    _is_held = Guide._is_hyper

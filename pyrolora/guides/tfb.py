@@ -12,7 +12,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from pyrolora.distributions.matrix_normal import MatrixNormal
-from pyrolora.guides.base import Guide, key, matches
+from pyrolora.guides.base import Card, Guide, key, matches
 from pyrolora.guides.curvature import batches
 from pyrolora.program import Latent, PyroLoRA, evaluating
 
@@ -40,6 +40,8 @@ class TFB(Guide):
 
     Source: Shi et al. 2024 (arXiv 2412.05723).
     """
+
+    card = Card("A: one scale over all layers", "none; some 20 S over the anchor rows", "S")
 
     def __init__(
         self,
@@ -151,9 +153,7 @@ class TFB(Guide):
     def _wanted(self, latent: Latent) -> bool:
         return latent.group is not None and latent.group.role == "A" and matches(latent.name, self.random)
 
-    def _is_held(self, latent: Latent) -> bool:
-        owner = self._owner(latent)
-        return owner is not None and owner is not latent
+    _is_held = Guide._is_hyper
 
     def _check_patterns(self) -> None:
         for pattern in [self.random] if isinstance(self.random, str) else self.random:

@@ -108,7 +108,9 @@ def test_a_resumed_run_goes_on_with_its_moments(tmp_path: Path) -> None:
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         shutil.rmtree(tmp_path / "checkpoint-8")
     assert any(name.startswith("deviations") and bool(value.any()) for name, value in ours.items())
-    rates = {row["learning_rate"] for row in fit(program, guide, args=arguments(tmp_path, logging_steps=1)).history[:-1]}
+    rates = {
+        row["learning_rate"] for row in fit(program, guide, args=arguments(tmp_path, logging_steps=1)).history[:-1]
+    }
     assert rates == {0.05}
 
 
