@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from pyrolora.diagnostics.temperature import calibrate as calibrated
-from pyrolora.guides.base import Guide
+from pyrolora.guides.base import Card, Guide
 from pyrolora.guides.map import MAP
 from pyrolora.inference.join import join as joined
 from pyrolora.program import PyroLoRA
@@ -38,7 +38,7 @@ def methods(recipe: Path) -> None:
     ]
     notes = []
     for name, guide in classes("guides").items():
-        card = guide.card
+        card: Card = guide.card  # type: ignore[attr-defined]
         try:
             trained, kept = _numbers(program, read.build_guide(name))
             numbers = (f"+{trained - reference:,}", f"{kept:,}")

@@ -7,6 +7,7 @@ from pyrolora.diagnostics.compare import Comparison, compare
 from pyrolora.diagnostics.convergence import rhat
 from pyrolora.diagnostics.diagnose import Diagnosis, diagnose
 from pyrolora.diagnostics.differences import Contrast, Difference, difference
+from pyrolora.diagnostics.distance import Distance, distance, distances
 from pyrolora.diagnostics.evaluation import Evaluation, evaluate_posterior, evaluate_prediction
 from pyrolora.diagnostics.language import LanguageEvaluation, evaluate_language
 from pyrolora.diagnostics.ood import evaluate_ood, separation
@@ -24,6 +25,7 @@ __all__ = [
     "Contrast",
     "Diagnosis",
     "Difference",
+    "Distance",
     "DrawsCurve",
     "Estimate",
     "Evaluation",
@@ -41,6 +43,8 @@ __all__ = [
     "decompose",
     "diagnose",
     "difference",
+    "distance",
+    "distances",
     "evaluate",
     "evaluate_language",
     "evaluate_ood",

@@ -7,8 +7,25 @@ from pyrolora.guides.inducing import Inducing
 from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
+from pyrolora.guides.nuts import NUTS
+from pyrolora.guides.samples import Checkpoints
+from pyrolora.guides.sgld import SGLD
 from pyrolora.guides.subspace import Subspace
 from pyrolora.guides.swag import SWAG
 from pyrolora.guides.tfb import TFB
 
-__all__ = ["MAP", "SWAG", "TFB", "Dropout", "Ensemble", "Guide", "Inducing", "Laplace", "MeanField", "Subspace"]
+__all__ = [
+    "MAP",
+    "NUTS",
+    "SGLD",
+    "SWAG",
+    "TFB",
+    "Checkpoints",
+    "Dropout",
+    "Ensemble",
+    "Guide",
+    "Inducing",
+    "Laplace",
+    "MeanField",
+    "Subspace",
+]
