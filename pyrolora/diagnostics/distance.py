@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import pandas as pd
-import torch
 from datasets import Dataset
 from torch import Tensor
 

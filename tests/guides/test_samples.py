@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_few_draws_are_spread_and_all_are_used() -> None:
     for count in range(1, 200):
         assert sorted(_spread(turn, count) for turn in range(count)) == list(range(count))
     first = sorted(_spread(turn, 100) for turn in range(5))
-    assert min(b - a for a, b in zip(first, first[1:], strict=False)) >= 10
+    assert min(b - a for a, b in itertools.pairwise(first)) >= 10
 
 
 def test_never_more_than_there_is_room_for() -> None:
@@ -95,5 +96,5 @@ def test_never_more_than_there_is_room_for() -> None:
         guide.keep()
     assert guide.num_kept == 2 and guide.passes(16, 2) == 2
     for wrong in (lambda: Samples(0), lambda: Checkpoints(start=1.0)):
-        with pytest.raises(ValueError, match="Samples: size|Checkpoints: start"):
+        with pytest.raises(ValueError, match=r"Samples: size|Checkpoints: start"):
             wrong()
