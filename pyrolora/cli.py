@@ -40,8 +40,7 @@ A first session:
 More about each command, with examples: pyrolora COMMAND --help
 """
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f
-    for f in (sites, methods, fit, join, calibrate, evaluate, diagnose, compare, predict, export, report)
+    f.__name__: f for f in (sites, methods, fit, join, calibrate, evaluate, diagnose, compare, predict, export, report)
 }
 # Spelt as flags usually are: several names after one --guides, nothing after --resume.
 FLAGS: dict[str, dict[str, dict[str, Any]]] = {
