@@ -5,7 +5,9 @@ import pyro
 from pyrolora import guides, likelihoods, priors, tasks
 from pyrolora.diagnostics.compare import Comparison, compare
 from pyrolora.diagnostics.diagnose import Diagnosis, diagnose
+from pyrolora.diagnostics.temperature import calibrate
 from pyrolora.inference.fit import default_arguments, fit
+from pyrolora.inference.join import join
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.prediction import Prediction
 from pyrolora.program import PyroLoRA
@@ -21,11 +23,13 @@ __all__ = [
     "Prediction",
     "PyroLoRA",
     "Recipe",
+    "calibrate",
     "compare",
     "default_arguments",
     "diagnose",
     "fit",
     "guides",
+    "join",
     "likelihoods",
     "priors",
     "tasks",

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 from pyrolora.commands.comparing import compare, report
 from pyrolora.commands.fitting import fit, sites
 from pyrolora.commands.judging import diagnose, evaluate
+from pyrolora.commands.methods import calibrate, join, methods
 from pyrolora.commands.using import export, predict
 from pyrolora.inference.trainer import NonFiniteError
 from pyrolora.options import build_parser as parser_of
@@ -39,7 +40,7 @@ A first session:
 More about each command, with examples: pyrolora COMMAND --help
 """
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (sites, fit, evaluate, diagnose, compare, predict, export, report)
+    f.__name__: f for f in (sites, methods, fit, join, calibrate, evaluate, diagnose, compare, predict, export, report)
 }
 # Spelt as flags usually are: several names after one --guides, nothing after --resume.
 FLAGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -51,7 +52,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "diagnose": {
         f"--{name}": {"nargs": "+", "type": Path, "default": [], "metavar": "FOLDER"} for name in ("runs", "against")
     },
-    "report": {"folders": {"nargs": "+", "type": Path, "metavar": "FOLDER"}},
+    **{name: {"folders": {"nargs": "+", "type": Path, "metavar": "FOLDER"}} for name in ("join", "report")},
     "fit": {"--resume": {"action": "store_true"}},
 }
 

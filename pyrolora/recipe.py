@@ -171,14 +171,24 @@ class Recipe:
         return _call(LoraConfig, self.adapter, where=f"{self.path}: adapter")
 
     def build_guide(self, name: str) -> Guide:
-        """A guide by class name, with this recipe's arguments for it."""
-        return _construct(name, self.guides.get(name) or {}, "guides", where=f"{self.path}: guide")
+        """A guide by class name, with this recipe's arguments for it; ensembles name the guide of their members."""
+        where = f"{self.path}: guide"
+        arguments = dict(self.guides.get(name) or {})
+        if "guide" in arguments:
+            inner, own = _described(arguments["guide"], f"{where}: {name}: guide")
+            # An inner guide that is only named has this recipe's arguments for it.
+            own = own or self.guides.get(inner) or {}
+            arguments["guide"] = _construct(inner, own, "guides", where=f"{where}: {name}")
+        return _construct(name, arguments, "guides", where=where)
 
     def temperature_of(self, guide: str) -> float:
         """β of a guide's objective."""
         if not isinstance(self.temperature, Mapping):
             return self.temperature
-        return next((beta for pattern, beta in self.temperature.items() if fnmatch.fnmatchcase(guide, pattern)), 1.0)
+        found = (beta for pattern, beta in self.temperature.items() if fnmatch.fnmatchcase(guide, pattern))
+        inner = (self.guides.get(guide) or {}).get("guide")
+        # The objective of an ensemble is that of its members.
+        return next(found, 1.0 if inner is None else self.temperature_of(_described(inner, str(self.path))[0]))
 
     def load_base(self, task: Task, *, seed: int = 0) -> PreTrainedModel:
         """The base model, without adapters; a head that the checkpoint lacks is random, from this seed."""

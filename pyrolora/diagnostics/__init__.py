@@ -7,13 +7,14 @@ from pyrolora.diagnostics.compare import Comparison, compare
 from pyrolora.diagnostics.convergence import rhat
 from pyrolora.diagnostics.diagnose import Diagnosis, diagnose
 from pyrolora.diagnostics.differences import Contrast, Difference, difference
+from pyrolora.diagnostics.distance import Distance, distance, distances
 from pyrolora.diagnostics.evaluation import Evaluation, evaluate_posterior, evaluate_prediction
 from pyrolora.diagnostics.language import LanguageEvaluation, evaluate_language
 from pyrolora.diagnostics.ood import evaluate_ood, separation
 from pyrolora.diagnostics.psis import compare_loo, guide_khat, loo
 from pyrolora.diagnostics.selective import RiskCoverageCurve, evaluate_selective, risk_coverage_curve
 from pyrolora.diagnostics.sensitivity import power_scaling
-from pyrolora.diagnostics.temperature import fit_temperature, scale
+from pyrolora.diagnostics.temperature import calibrate, fit_temperature, scale
 from pyrolora.diagnostics.uncertainty import Component, DrawsCurve, Uncertainty, decompose, nll_by_draws
 from pyrolora.diagnostics.verdict import Finding
 from pyrolora.diagnostics.weights import Weights, summarise
@@ -24,6 +25,7 @@ __all__ = [
     "Contrast",
     "Diagnosis",
     "Difference",
+    "Distance",
     "DrawsCurve",
     "Estimate",
     "Evaluation",
@@ -34,12 +36,15 @@ __all__ = [
     "RiskCoverageCurve",
     "Uncertainty",
     "Weights",
+    "calibrate",
     "check",
     "compare",
     "compare_loo",
     "decompose",
     "diagnose",
     "difference",
+    "distance",
+    "distances",
     "evaluate",
     "evaluate_language",
     "evaluate_ood",

@@ -7,11 +7,13 @@ site*, so that closed-form KLs apply, and returns ``{site: value}``. It knows no
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -24,6 +26,48 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyrolora.program import Batch, Latent, PyroLoRA
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a training run stands, as a guide needs to know it.
+
+    Attributes:
+        number: Of the optimiser's step, from 1.
+        total: Steps of the whole run.
+        learning_rate: Of this step, in the first parameter group.
+        temperature: β of the objective ``L_β``.
+        num_data: N; the gradients are those of ``−L_β / N``.
+    """
+
+    number: int
+    total: int
+    learning_rate: float
+    temperature: float
+    num_data: int
+
+    def is_one_of(self, count: int, *, start: float) -> bool:
+        """Whether this is one of ``count`` evenly spaced steps after the fraction ``start`` of the run.
+
+        The last step is one; a run of fewer steps than ``count`` has them all.
+        """
+        done, before = ((n / self.total - start) / (1 - start) * count for n in (self.number, self.number - 1))
+        return done > 1e-9 and math.floor(done + 1e-9) > math.floor(max(before, 0.0) + 1e-9)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A kind of guide in a table of methods; costs are passes through the base model.
+
+    Attributes:
+        random: What is random.
+        training: What a fit costs.
+        prediction: What a prediction costs: S draws, K classes, M members.
+    """
+
+    random: str
+    training: str
+    prediction: str
 
 
 class Guide(nn.Module):
@@ -39,10 +83,14 @@ class Guide(nn.Module):
         random: Shell-style pattern(s) of the site names that are random, ``"*.A"`` for instance.
 
     Attributes:
+        card: What is random, and what it costs, for the table of methods.
         optimise: Whether `fit` runs the optimiser; guides that start from a finished adapter set it to False.
+        turn: The number of the draw to come, by which mixtures take their parts in turn; None: one at random.
     """
 
+    card: ClassVar[Card] = Card("sites that match `random`", "1 a step", "S")
     optimise: bool = True
+    turn: int | None = None
 
     def __init__(self, *, random: str | Sequence[str] = "*"):
         super().__init__()
@@ -74,8 +122,22 @@ class Guide(nn.Module):
         """What stands on the base model while the guide trains: noise in activation space, for instance."""
         return contextlib.nullcontext()
 
+    def training_arguments(self, args: Any) -> Any:
+        """The `TrainingArguments` of a run, with those that the method prescribes changed (on a copy)."""
+        return args
+
+    def before_step(self, step: Step) -> None:
+        """Called before every step of the optimiser, when the gradients are complete: noise for a sampler, say."""
+
+    def after_step(self, step: Step) -> None:
+        """Called after every step of the optimiser and before a checkpoint, which holds what is noted in buffers."""
+
+    def parts(self) -> Sequence[Guide]:
+        """The parts of an ensemble, each of which `fit` trains on its own; empty where the guide is trained as one."""
+        return ()
+
     def passes(self, num_draws: int, num_outputs: int) -> int:
-        """Passes through the base model, forward and backward, that one prediction takes.
+        """Passes through the base model, forward and backward, that one prediction takes; also how many draws serve it.
 
         Args:
             num_draws: S.
@@ -200,8 +262,12 @@ class Guide(nn.Module):
 
     def _is_held(self, latent: Latent) -> bool:
         # Scale and weights have no useful joint mode: the density is unbounded as both shrink to zero.
+        return self._is_hyper(latent) and not self.is_random(self._owner(latent))  # type: ignore[arg-type]
+
+    def _is_hyper(self, latent: Latent) -> bool:
+        """Whether a site is a hyper-parameter of an adapter's prior."""
         owner = self._owner(latent)
-        return owner is not None and owner is not latent and not self.is_random(owner)
+        return owner is not None and owner is not latent
 
     def _owner(self, latent: Latent) -> Latent | None:
         """The adapter site that a latent is, or whose hyper-parameter it is; None for the likelihood's parameters."""

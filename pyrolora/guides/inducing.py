@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyrolora.distributions.inducing import Colouring, InducedMatrixNormal, Side
 from pyrolora.distributions.matrix_normal import MatrixNormal
-from pyrolora.guides.base import Guide, check_choice, key, matches, unconstrained
+from pyrolora.guides.base import Card, Guide, check_choice, key, matches, unconstrained
 from pyrolora.guides.inducing_families import Diagonal, Ensemble, Family, Flow, Full, Matrix
 from pyrolora.priors.base import checked
 from pyrolora.program import Batch, Latent, PyroLoRA
@@ -63,6 +63,8 @@ class Inducing(Guide):
 
     Source: Lin et al. 2026 (arXiv 2601.21003); Ritter et al. 2021 (FFG-U, Ens-U).
     """
+
+    card = Card("a small inducing matrix for each layer", "1 a step", "S")
 
     def __init__(
         self,
@@ -273,9 +275,7 @@ class Inducing(Guide):
         named = latent is not None and latent.group is not None and latent.group.role in ("A", "B")
         return named and matches(latent.name, self.random)  # type: ignore[union-attr]
 
-    def _is_held(self, latent: Latent) -> bool:
-        owner = self._owner(latent)
-        return owner is not None and owner is not latent
+    _is_held = Guide._is_hyper
 
 
 class _Augment(Reparam):

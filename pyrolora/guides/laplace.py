@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrolora.adapters.sites import SiteGroup
 from pyrolora.distributions.diagonal_precision import DiagonalPrecisionNormal
 from pyrolora.distributions.kronecker import LowRankKroneckerNormal
-from pyrolora.guides.base import Guide, check_choice, key, matches
+from pyrolora.guides.base import Card, Guide, check_choice, key, matches
 from pyrolora.guides.curvature import batches, curvature
 from pyrolora.guides.factors import Factors, Structure, Tokens, large_is_input
 from pyrolora.guides.linearised import (
@@ -70,6 +70,8 @@ class Laplace(Guide):
 
     Source: Yang et al. 2024 (Laplace-LoRA), section 3; MacKay 1992; Immer et al. 2021, eq. 5 (linearised predictive).
     """
+
+    card = Card("adapter matrices: a Gaussian at MAP", "1 a step, then K over the data", "1 + K")
 
     def __init__(
         self,
@@ -371,9 +373,7 @@ class Laplace(Guide):
     def _wanted(self, latent: Latent) -> bool:
         return latent.group is not None and latent.event_dim == 2 and matches(latent.name, self.random)
 
-    def _is_held(self, latent: Latent) -> bool:
-        owner = self._owner(latent)
-        return owner is not None and owner is not latent
+    _is_held = Guide._is_hyper
 
     def _check_patterns(self) -> None:
         for pattern in [self.random] if isinstance(self.random, str) else self.random:

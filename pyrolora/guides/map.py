@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyrolora.guides.base import Guide
+from pyrolora.guides.base import Card, Guide
 
 
 class MAP(Guide):
@@ -10,7 +10,11 @@ class MAP(Guide):
 
     With `priors.Flat` everywhere it is plain LoRA: the same steps as PEFT with AdamW and no weight decay. Scales of
     hierarchical priors stay at their prior medians, because the joint mode over scale and weights is degenerate.
+
+    Source: Hu et al. 2022 (LoRA), with flat priors.
     """
+
+    card = Card("nothing", "1 a step", "1")
 
     def __init__(self) -> None:
         super().__init__(random=())

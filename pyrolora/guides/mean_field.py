@@ -16,7 +16,7 @@ from torch.distributions import biject_to, constraints
 
 from pyrolora.adapters.sites import SiteGroup
 from pyrolora.distributions.centred import Centred
-from pyrolora.guides.base import Guide, key, unconstrained
+from pyrolora.guides.base import Card, Guide, key, unconstrained
 from pyrolora.program import Batch, Latent, PyroLoRA
 
 
@@ -45,6 +45,8 @@ class MeanField(Guide):
 
     Source: Blundell et al. 2015, eq. 3 (Bayes by backprop); Wang et al. 2024 (BLoB) for random A only.
     """
+
+    card = Card("entries of A: independent Normals", "1 a step", "S")
 
     def __init__(
         self,

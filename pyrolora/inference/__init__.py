@@ -3,6 +3,7 @@
 from pyrolora.inference.archive import ArchiveError
 from pyrolora.inference.elbo import Objective, TemperedELBO
 from pyrolora.inference.fit import default_arguments, fit
+from pyrolora.inference.join import join
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.prediction import Prediction
 from pyrolora.inference.trainer import ELBOTrainer, NonFiniteError
@@ -17,4 +18,5 @@ __all__ = [
     "TemperedELBO",
     "default_arguments",
     "fit",
+    "join",
 ]

@@ -31,6 +31,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "likelihood": dict,
     "num_data": int,
     "temperature": (int, float),
+    "scaling": (int, float),
     "seed": int,
     "sites": dict,
     "fingerprint": str,
@@ -146,8 +147,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise ArchiveError(f"{path} is not a posterior of this package")
     if meta["format"] != FORMAT:
         raise ArchiveError(f"{path} has format {meta['format']}, this version reads {FORMAT}: update pyrolora")
+    meta.setdefault("scaling", 1.0)  # of files from before it could be stored
     if wrong := [name for name, kind in _FIELDS.items() if not isinstance(meta.get(name), kind)]:
         raise ArchiveError(f"{path} is not a whole posterior: {', '.join(wrong)} missing or of another type")
+    if not meta["scaling"] > 0:
+        raise ArchiveError(f"{path}: the temperature of a predictive is positive, not {meta['scaling']}")
     described = {"guide": (meta["guide"], "guides"), "likelihood": (meta["likelihood"], "likelihoods")}
     described |= {f"the prior for {name!r}": (prior, "priors") for name, prior in meta["priors"].items()}
     if foreign := [name for name, (description, kind) in described.items() if not _is_of_kind(description, kind)]:

@@ -104,7 +104,8 @@ def _dimensions(latents: Sequence[Latent]) -> tuple[dict[str, list[str]], dict[s
 
 def _own_dims(latent: Latent) -> tuple[str, ...]:
     if latent.group is not None:
-        return latent.group.dims if latent.shape == latent.group.shape else ("layer", "row", "column")
+        auxiliary = ("layer", "rank") if len(latent.shape) == 2 else ("layer", "row", "column")
+        return latent.group.dims if latent.shape == latent.group.shape else auxiliary
     names = ("layer", "rank") if latent.name.startswith("lora.") else ()
     return names[: len(latent.shape)] or tuple(f"{latent.name}.dim_{i}" for i in range(len(latent.shape)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,21 @@ from pyrolora.inference.randomness import isolated, spawn
 from pyrolora.program import PyroLoRA
 
 Pair = tuple[poutine.Trace, poutine.Trace]
+
+
+def traces(guide: Guide, num_draws: int, *, seed: int = 0) -> Iterator[poutine.Trace]:
+    """The guide's trace of each draw; draw s depends on the seed and s alone.
+
+    Args:
+        guide: A bound guide.
+        num_draws: S.
+        seed: Of the draws.
+    """
+    guide.eval()
+    for s in range(num_draws):
+        with _drawing(guide, s, seed):
+            q = poutine.trace(guide).get_trace()
+        yield q
 
 
 def paired_traces(program: PyroLoRA, guide: Guide, num_draws: int, *, seed: int = 0) -> Iterator[Pair]:
@@ -32,12 +48,22 @@ def paired_traces(program: PyroLoRA, guide: Guide, num_draws: int, *, seed: int 
     prior = poutine.reparam(program.sample_latents, config=guide.reparametrisations())
     guide.eval()
     for s in range(num_draws):
-        with torch.no_grad(), poutine.block(), isolated(spawn(seed, s)):
+        with _drawing(guide, s, seed):
             q = poutine.trace(guide).get_trace()
             p = poutine.trace(poutine.replay(prior, trace=q)).get_trace()
             q.compute_log_prob()
             p.compute_log_prob()
         yield q, p
+
+
+@contextlib.contextmanager
+def _drawing(guide: Guide, number: int, seed: int) -> Iterator[None]:
+    guide.turn = number
+    try:
+        with torch.no_grad(), poutine.block(), isolated(spawn(seed, number)):
+            yield
+    finally:
+        guide.turn = None
 
 
 def values_of(trace: poutine.Trace) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from pyrolora.guides.base import Guide
 from pyrolora.inference.elbo import Objective
 from pyrolora.inference.noise import verdict
 from pyrolora.inference.posterior import Posterior
-from pyrolora.inference.randomness import isolated
+from pyrolora.inference.randomness import isolated, spawn
 from pyrolora.inference.trainer import ELBOTrainer, NonFiniteError, last_checkpoint
 from pyrolora.program import PyroLoRA, evaluating
 
@@ -89,18 +89,45 @@ def fit(
         guide.bind(program)
         guide.to(program.device)
         posterior = Posterior(program, guide, temperature=temperature, seed=args.seed)
-        objective = Objective(program, guide, temperature, num_particles)
-        if guide.optimise:
-            posterior.history = _train(
-                objective, posterior, train=train, validation=validation, args=args, resume=resume
-            )
-        else:
-            _check_first_batch(program, train)
-        guide.eval()
-        guide.post_fit(program, train)
+        posterior.history = _fit_part(
+            posterior, guide, args, train=train, validation=validation, num_particles=num_particles, resume=resume
+        )
     _say_whether_the_bound_is_tight(posterior)
     _say_whether_the_noise_is_of_use(posterior)
     return posterior
+
+
+def _fit_part(
+    posterior: Posterior, guide: Guide, args: TrainingArguments, *, train: Dataset, num_particles: int, **options: Any
+) -> list[dict[str, Any]]:
+    """Fits the guide of a posterior, or the members of an ensemble one after another; returns the log."""
+    program = posterior.program
+    history = []
+    for i, member in enumerate(guide.parts()):
+        own = _of_member(args, i)
+        with isolated(own.seed):
+            rows = _fit_part(posterior, member, own, train=train, num_particles=num_particles, **options)
+        history += [{"member": i, **row} for row in rows]
+    if guide.parts():
+        return history
+    if guide.optimise:
+        objective = Objective(program, guide, posterior.temperature, num_particles)
+        history = _train(objective, posterior, train=train, args=guide.training_arguments(args), **options)
+    else:
+        _check_first_batch(program, train)
+    guide.eval()
+    guide.post_fit(program, train)
+    return history
+
+
+def _of_member(args: TrainingArguments, index: int) -> TrainingArguments:
+    """A member's seed, order of data and checkpoints; the first has the ensemble's own seed."""
+    own = copy.copy(args)
+    own.output_dir = str(Path(args.output_dir or tempfile.gettempdir()) / f"member-{index}")
+    if index:
+        own.seed = spawn(args.seed, index) % 2**31
+        own.data_seed = None if args.data_seed is None else spawn(args.data_seed, index) % 2**31
+    return own
 
 
 def _train(
@@ -121,6 +148,8 @@ def _train(
     _check_first_batch(program, train)
     output = Path(args.output_dir or tempfile.gettempdir())
     checkpoint = last_checkpoint(output) if resume else None
+    if checkpoint and (log := trainer.finished(checkpoint)) is not None:
+        return log
     try:
         with objective.guide.hooks(program):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -20,7 +20,7 @@ from pyrolora.adapters.checkpoint import export_adapter, fingerprint
 from pyrolora.guides.base import Guide, matches
 from pyrolora.inference import archive, datatree
 from pyrolora.inference.archive import ArchiveError
-from pyrolora.inference.density import paired_traces, values_of
+from pyrolora.inference.density import paired_traces, traces, values_of
 from pyrolora.inference.display import table
 from pyrolora.inference.noise import noise_to_mean
 from pyrolora.inference.predict import Function, Runner, log_likelihood, log_probabilities
@@ -51,6 +51,7 @@ class Posterior:
         self.guide = guide
         self.temperature = temperature
         self.seed = seed
+        self.scaling = 1.0
         self.history: list[dict[str, Any]] = []
 
     # -- draws -------------------------------------------------------------------------------------------------------
@@ -66,13 +67,7 @@ class Posterior:
         """
         if num_draws < 1:
             raise ValueError(f"num_draws is at least 1, not {num_draws}")
-        self.guide.eval()
-        rows = []
-        with poutine.block():
-            for s in range(num_draws):
-                with isolated(spawn(seed, s)):
-                    rows.append(values_of(poutine.trace(self.guide).get_trace()))
-        return _stack(rows)
+        return _stack([values_of(trace) for trace in traces(self.guide, num_draws, seed=seed)])
 
     def mean(self) -> dict[str, Tensor]:
         """One value of every site that stands for the whole posterior, ``{site: site_shape}``."""
@@ -107,7 +102,7 @@ class Posterior:
         chunk_size: int = 8,
         vectorise: bool | None = None,
     ) -> Prediction:
-        """The posterior predictive over classes: probabilities averaged over draws.
+        """The posterior predictive over classes: probabilities averaged over draws, at the temperature `scaling`.
 
         Args:
             data: A tokenised split of the task (`task.test`, or `task.tokenise(rows)`).
@@ -133,7 +128,7 @@ class Posterior:
             order += rows
         columns = {name: data[name][:] for name in ("labels", "text") if name in data.column_names}
         assert builder is not None
-        return builder.build(torch.tensor(order), columns)
+        return builder.build(torch.tensor(order), columns).scaled(self.scaling)
 
     def log_likelihood(
         self,
@@ -185,9 +180,8 @@ class Posterior:
             return Runner(self.program, {}, self.mean(), natural=natural)
         random = {name for name in self.guide.random_sites() if matches(name, sites)} if num_draws > 0 else set()
         fixed = {name: value for name, value in self.mean().items() if name not in random}
-        draws = (
-            {name: value for name, value in self.draw(num_draws, seed=seed).items() if name in random} if random else {}
-        )
+        draws = self.draw(self.guide.passes(num_draws, 0), seed=seed) if random else {}
+        draws = {name: value for name, value in draws.items() if name in random}
         return Runner(self.program, draws, fixed, chunk_size=chunk_size, vectorise=vectorise)
 
     def _check_data(self, data: Dataset) -> None:
@@ -228,6 +222,8 @@ class Posterior:
         Raises:
             ValueError: More than 20 million numbers in a group.
         """
+        if self.guide.random_sites():
+            num_draws = max(self.guide.passes(num_draws, 0), num_draws)  # an ensemble's members count the same
         latents = datatree.select({**self.program.latents, **self._auxiliary()}, var_names)
         datatree.check_size(latents, num_draws)
         prior = poutine.reparam(self.program.sample_latents, config=self.guide.reparametrisations())
@@ -297,6 +293,7 @@ class Posterior:
             "likelihood": archive.describe(program.likelihood),
             "num_data": program.num_data,
             "temperature": self.temperature,
+            "scaling": self.scaling,
             "seed": self.seed,
             "class_names": list(self._class_names()),
             "sites": {name: list(site.shape) for name, site in program.sites.items()},
@@ -350,7 +347,7 @@ class Posterior:
                 f"{folder / 'posterior.safetensors'} does not fit its posterior.json: {error}"
             ) from error
         posterior = cls(program, guide.to(program.device), temperature=meta["temperature"], seed=meta["seed"])
-        posterior.history = meta["history"]
+        posterior.scaling, posterior.history = meta["scaling"], meta["history"]
         guide.eval()
         return posterior
 
@@ -386,4 +383,6 @@ class Posterior:
 
 
 def _stack(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    # Auxiliary sites that only some members of an ensemble have are none of the ensemble's.
+    shared = [name for name in items[0] if all(name in item for item in items)]
+    return {name: torch.stack([item[name] for item in items]) for name in shared}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -71,6 +71,19 @@ class Prediction:
 
     def __len__(self) -> int:
         return self.log_mean.shape[0]
+
+    def scaled(self, temperature: float) -> Prediction:
+        """The prediction at another temperature: ``log p_τ(k) = log p(k)/τ − log Σ_j p(j)^{1/τ}``; 1 changes nothing.
+
+        Only the mean predictive is scaled. Draws and their variance stay, and with them the mutual information (unless
+        the scaled entropy falls below it): whatever the temperature adds or takes counts as aleatoric.
+        """
+        if temperature == 1:
+            return self
+        log_mean = (self.log_mean / temperature).log_softmax(-1)
+        entropy = torch.special.entr(log_mean.exp()).sum(-1)
+        aleatoric = (entropy - self.mutual_information).clamp(min=0)
+        return replace(self, log_mean=log_mean, entropy=entropy, expected_entropy=aleatoric)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row for each input: text, label, predicted class, its probability, and the uncertainties."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
+from pyrolora.guides.base import Step
 from pyrolora.inference.elbo import Objective, Terms
 from pyrolora.inference.randomness import isolated
 
@@ -42,6 +43,7 @@ class ELBOTrainer(Trainer):
         self.loss_is_scaled_for_ga = False
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_Progress)
+        self.add_callback(_Steps(objective))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser of the training arguments over the guide's own parameter groups."""
@@ -94,6 +96,17 @@ class ELBOTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         return 0
+
+    def finished(self, checkpoint: Path) -> list[dict[str, Any]] | None:
+        """Loads the checkpoint of a run that has had all its steps, and returns its log; None where steps are left.
+
+        The Trainer itself takes one step more where such a run ended within an epoch.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return None
+        self._load_from_checkpoint(str(checkpoint))
+        return state.log_history
 
     def _explain(self, terms: Terms, inputs: dict[str, Tensor]) -> str:
         where = f"step {self.state.global_step + 1}: the objective is not finite."
@@ -152,6 +165,27 @@ def last_checkpoint(folder: str | Path) -> Path | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return max(complete)[1] if complete else None
+
+
+class _Steps(TrainerCallback):
+    """Tells the guide of every step."""
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._rate = kwargs["optimizer"].param_groups[0]["lr"]
+        self.objective.guide.before_step(self._step(state.global_step + 1, state))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        with torch.no_grad():
+            self.objective.guide.after_step(self._step(state.global_step, state))
+
+    def _step(self, number: int, state: TrainerState) -> Step:
+        objective = self.objective
+        return Step(number, state.max_steps, self._rate, objective.elbo.temperature, objective.program.num_data)
 
 
 class _Progress(ProgressCallback):

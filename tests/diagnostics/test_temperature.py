@@ -5,11 +5,18 @@ import math
 
 import numpy as np
 import pytest
-from scipy.optimize import brentq
+import torch
+from scipy.optimize import brentq, minimize
 from scipy.special import log_softmax, softmax
 
 from pyrolora.diagnostics import calibration
-from pyrolora.diagnostics.temperature import fit_temperature, scale
+from pyrolora.diagnostics.temperature import calibrate, fit_temperature, scale
+from pyrolora.guides.ensemble import Ensemble
+from pyrolora.guides.map import MAP
+from pyrolora.guides.mean_field import MeanField
+from pyrolora.inference.archive import ArchiveError
+from pyrolora.inference.posterior import Posterior
+from tests.programs import relabelled, sentence_task, tiny_bert, untrained
 
 
 def world(temperature: float, *, n: int = 20_000, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -103,3 +110,60 @@ def test_impossible_labels_and_bad_temperatures_are_refused():
     for temperature in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="positive finite"):
             scale([[0.0]], temperature)
+
+
+@pytest.mark.parametrize("guide", [MAP(), MeanField(), Ensemble(MAP(), 2)], ids=lambda guide: type(guide).__name__)
+def test_calibrating_scales_the_mean_predictive_of_any_posterior(guide):
+    """Law: τ minimises the validation NLL of log p̄ / τ, as scipy's own minimiser finds it; draws stay as they are."""
+    posterior, validation = untrained(guide), sentence_task().validation
+    # Right five times in six, so that the best temperature is finite.
+    labels = [int(k) ^ (i % 6 == 0) for i, k in enumerate(posterior.predict(validation, 4).log_mean.argmax(-1))]
+    validation = validation.remove_columns("labels").add_column("labels", labels)
+    calibrated = calibrate(posterior, validation, num_draws=4)
+    before = posterior.predict(validation, 4)
+    values, labels = before.log_mean.double().numpy(), before.labels.numpy()
+    found = minimize(lambda x: nll(values, labels, math.exp(x[0])), x0=[0.0], method="Nelder-Mead", tol=1e-9)
+    assert calibrated.scaling == pytest.approx(math.exp(found.x[0]), rel=1e-3) != 1.0
+    after = calibrated.predict(validation, 4)
+    np.testing.assert_allclose(after.log_mean, scale(values, calibrated.scaling), atol=1e-5)
+    assert torch.equal(after.draws, before.draws) and torch.equal(after.variance, before.variance)
+    assert posterior.scaling == 1.0 and calibrate(calibrated, validation, num_draws=4).scaling == calibrated.scaling
+
+
+def test_a_prediction_at_temperature_one_is_itself():
+    """Law: at τ = 1 every number of a prediction is bitwise the same; it is the same object."""
+    prediction = untrained(MAP()).predict(sentence_task().test)
+    assert prediction.scaled(1.0) is prediction
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_scaling_leaves_the_mutual_information(temperature):
+    """Law: H[p_τ] = aleatoric + epistemic, and the epistemic part is that of the draws."""
+    prediction = untrained(MeanField()).predict(sentence_task().test, 4)
+    scaled = prediction.scaled(temperature)
+    expected = torch.special.entr(torch.softmax(prediction.log_mean / temperature, -1)).sum(-1)
+    torch.testing.assert_close(scaled.entropy, expected)
+    torch.testing.assert_close(scaled.mutual_information, torch.minimum(prediction.mutual_information, expected))
+
+
+def test_calibration_is_saved_with_the_posterior(tmp_path):
+    """Law: a loaded posterior predicts at its temperature; older files have 1; only positive ones are read."""
+    task = sentence_task()
+    calibrated = calibrate(untrained(MAP()), task.validation)
+    calibrated.save_pretrained(tmp_path)
+    loaded = Posterior.from_pretrained(tmp_path, tiny_bert(), task=task)
+    assert loaded.scaling == calibrated.scaling
+    assert torch.equal(loaded.predict(task.test).log_mean, calibrated.predict(task.test).log_mean)
+    path = tmp_path / "posterior.json"
+    text = path.read_text()
+    path.write_text(text.replace(f'  "scaling": {calibrated.scaling},\n', ""))
+    assert Posterior.from_pretrained(tmp_path, tiny_bert(), task=task).scaling == 1.0
+    path.write_text(text.replace(str(calibrated.scaling), "-1.0"))
+    with pytest.raises(ArchiveError, match="positive, not -1"):
+        Posterior.from_pretrained(tmp_path, tiny_bert(), task=task)
+
+
+def test_calibration_needs_labels():
+    """Law: rows whose label is unknown are an error, not a term of the likelihood."""
+    with pytest.raises(ValueError, match="label of every row"):
+        calibrate(untrained(MAP()), relabelled(sentence_task().test, -1))
