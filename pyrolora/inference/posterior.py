@@ -371,9 +371,7 @@ class Posterior:
         if draw == "mean":
             values = self.mean()
         elif self.guide.local_sites():
-            raise ValueError(
-                f"{type(self.guide).__name__}: noise that depends on the input fits no adapter file: export the mean"
-            )
+            raise ValueError(f"{type(self.guide).__name__}: noise of each input fits no adapter file; export the mean")
         elif isinstance(draw, int) and draw >= 0:
             values = {name: value[draw] for name, value in self.draw(draw + 1, seed=seed).items()}
         else:
