@@ -58,8 +58,8 @@ def bottleneck_noise(
         own = x.float()
         scale = scale.float()
         if kind == "local":
-            noise = _root(own.square() @ scale.square().mT)
-            noise = noise * torch.randn_like(noise)
+            rows = own.reshape(-1, own.shape[-1])
+            noise, _ = _Local.apply(rows, scale, torch.randn(len(rows), len(scale), device=rows.device))
         elif kind == "example":
             each = torch.randn(examples, *scale.shape, dtype=scale.dtype, device=scale.device)
             noise = own.reshape(examples, -1, own.shape[-1]) @ (scale * each).mT
@@ -108,9 +108,30 @@ def _hook(change: Change) -> Any:
     return hook
 
 
-def _root(variance: Tensor) -> Tensor:
-    # At zero the root's derivative is infinite, and infinity times zero is NaN.
-    return variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt()
+class _Local(torch.autograd.Function):
+    """``√((σ²)(x²)) ∘ ε``. What autograd would record takes twice the time, and keeps a square of x for each module."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        # At zero the root's derivative is infinite, and infinity times zero is NaN.
+        deviation = (x.square() @ scale.square().mT).clamp(min=1e-30).sqrt()
+        return deviation * noise, deviation
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, scale, noise, deviation = ctx.saved_tensors
+        # Of √d: 1/(2√d); of d: 2 σ² x and 2 σ x².
+        ratio = grad * noise / deviation
+        by_x = (ratio @ scale.square()).mul_(x) if ctx.needs_input_grad[0] else None
+        by_scale = (ratio.mT @ x.square()).mul_(scale) if ctx.needs_input_grad[1] else None
+        return by_x, by_scale, None
 
 
 def _signs(like: Tensor) -> Tensor:

@@ -50,10 +50,11 @@ class InputAdaptive(Guide):
     default, ``kl="mean"``, counts one multiplier of a layer for all: a local KL tempered by ``1/(r d_in)``, and the
     ``elbo`` in the log is no bound then. It is also in units of ``β``, the temperature, which tempers every KL.
 
-    **What α says.** Under this objective labels can only lower α: it is near ``1/(1/ς + F(x))`` (for ``"mean"``), F the
-    Fisher information of the layer's multipliers at x. Where the classes overlap F is large and α small, so that α
-    ranks inputs by how much is at stake at them, not by how wrong the model is. Ask the prediction for that: its
-    entropy and mutual information.
+    **What α says.** Noise never raises ``E_q log p(y | x, A)`` to first order, so that labels only lower α: it is near
+    ``1/(1/ς + F(x))``, F being β⁻¹ times the Fisher information of one multiplier at x. α stays at ς for inputs at which
+    the adapter's weights do not matter, noisy labels that no feature explains among them, and falls where they do. It is
+    no estimate of label noise: where noisy and clear inputs share their features, its ranking can go either way. The
+    entropy and mutual information of the prediction say how much the model doubts, α at which layers it can tell.
 
     Args:
         random: Pattern(s) of the A sites with noise.
@@ -113,7 +114,7 @@ class InputAdaptive(Guide):
         self._declared = {name: _declared_scale(program, self.latents[name]) for name in declared}
         self._features, width = frozen_features(program, self.features)
         self._seen: tuple[Batch, Tensor] | None = None
-        self._alpha: dict[str, Tensor] = {}
+        self._factors: dict[str, tuple[Tensor, ...]] = {}  # √α of the present batch, by layer
         layers = sum(group.num_layers for group in self._groups.values())
         last = nn.Linear(self.hidden, layers)
         nn.init.zeros_(last.weight)
@@ -133,10 +134,11 @@ class InputAdaptive(Guide):
         return {_name(site): self._prior_of(site).expand(torch.Size([size])) for site in self._groups}
 
     def local_family(self, batch: Batch) -> dict[str, TorchDistributionMixin]:
-        self._alpha = self._alphas(batch)
+        alphas = self._alphas(batch)
+        self._factors = {site: alpha.sqrt().unbind(-1) for site, alpha in alphas.items()}
         return {
             _name(site): Multipliers(alpha.new_ones(()), 1 / alpha, alpha.log(), size=self._count(site))
-            for site, alpha in self._alpha.items()
+            for site, alpha in alphas.items()
         }
 
     def reparametrisations(self) -> dict[str, Reparam]:
@@ -150,7 +152,7 @@ class InputAdaptive(Guide):
 
     def post_fit(self, program: PyroLoRA, data: Dataset) -> None:
         # The last batch's graph would be kept alive, and cannot be copied.
-        self._seen, self._alpha = None, {}
+        self._seen, self._factors = None, {}
 
     def passes(self, num_draws: int, num_outputs: int) -> int:
         return super().passes(num_draws, num_outputs) + (self.features == "backbone" and num_draws > 0)
@@ -177,7 +179,7 @@ class InputAdaptive(Guide):
             # The values of this pass, also where it is recomputed. A pass for features, or without noise, has none.
             if _name(site) not in program.running:
                 return output
-            factor, scale = self._alpha[site][:, layer].sqrt(), program.running[site][layer]
+            factor, scale = self._factors[site][layer], program.running[site][layer]
             kind = self.noise if self.training else self.predictive
             noise = bottleneck_noise(kind, x, scale, examples=len(factor), factor=factor, where=where)
             return output + noise.to(output.dtype)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from pyrolora.adapters.noise import bottleneck_noise, changed_outputs, require_linear
+from pyrolora.adapters.noise import _Local, bottleneck_noise, changed_outputs, require_linear
 from pyrolora.adapters.sites import AdapterError, find_sites
 from tests.conftest import ARCHITECTURES
 
@@ -85,9 +85,17 @@ def test_gradients_are_finite_where_there_is_no_noise(kind: str) -> None:
     x[0, 0], scale[0] = 0.0, 0.0
     leaves = [part.clone().requires_grad_() for part in (x, scale, factor)]
     noise = bottleneck_noise(kind, leaves[0], leaves[1], examples=EXAMPLES, factor=leaves[2])  # type: ignore[arg-type]
-    assert noise[0, 0].abs().max() < 1e-15 and noise[..., 0].abs().max() < 1e-15
+    assert noise[0, 0].abs().max() < 1e-14 and noise[..., 0].abs().max() < 1e-14
     noise.sum().backward()
     assert all(torch.isfinite(leaf.grad).all() for leaf in leaves if leaf.grad is not None)
+
+
+def test_gradient_of_local_noise() -> None:
+    """Law: its hand-written derivative is that of finite differences, in x and σ."""
+    x, scale, _ = inputs()
+    noise = torch.randn(EXAMPLES * TOKENS, OUT).double()
+    leaves = [x.reshape(-1, IN).double().requires_grad_(), scale.double().requires_grad_()]
+    assert torch.autograd.gradcheck(lambda a, b: _Local.apply(a, b, noise)[0], leaves)
 
 
 @pytest.mark.parametrize("kind", KINDS)
