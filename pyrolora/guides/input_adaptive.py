@@ -50,11 +50,12 @@ class InputAdaptive(Guide):
     default, ``kl="mean"``, counts one multiplier of a layer for all: a local KL tempered by ``1/(r d_in)``, and the
     ``elbo`` in the log is no bound then. It is also in units of ``β``, the temperature, which tempers every KL.
 
-    **What α says.** Noise never raises ``E_q log p(y | x, A)`` to first order, so that labels only lower α: it is near
-    ``1/(1/ς + F(x))``, F being β⁻¹ times the Fisher information of one multiplier at x. α stays at ς for inputs at which
-    the adapter's weights do not matter, noisy labels that no feature explains among them, and falls where they do. It is
-    no estimate of label noise: where noisy and clear inputs share their features, its ranking can go either way. The
-    entropy and mutual information of the prediction say how much the model doubts, α at which layers it can tell.
+    **What α says.** Log-likelihoods are concave in the natural parameters, so that to first order noise only costs and
+    labels only lower α: it is near ``1/(1/ς + F(x))``, F being 1/β times the Fisher information of one multiplier at x
+    (for ``kl="mean"``). α stays at ς where the adapter's weights do not matter, at noisy labels that no feature
+    explains among others, and falls where they do. It is no estimate of label noise: where noisy and clear inputs
+    share their features its ranking can go either way. Entropy and mutual information of the prediction say how much
+    the model doubts; α says at which layers.
 
     Args:
         random: Pattern(s) of the A sites with noise.
