@@ -266,7 +266,8 @@ def test_guides_take_the_recipes_arguments(shared: Path) -> None:
     guide = recipe.build_guide("MeanField")
     assert isinstance(guide, MeanField) and guide.init_scale == 0.25
     with pytest.raises(
-        RecipeError, match=r"unknown class 'Meanfield'; did you mean 'MeanField'\? There are Inducing, Laplace, MAP, "
+        RecipeError,
+        match=r"unknown class 'Meanfield'; did you mean 'MeanField'\? There are Inducing, InputAdaptive, Lapl",
     ):
         recipe.build_guide("Meanfield")
     with pytest.raises(RecipeError, match="unknown class 'Guide'"):
