@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, constraints
 
 from pyrolora.adapters.checkpoint import load_adapter
-from pyrolora.adapters.placement import Placement
+from pyrolora.adapters.placement import Pass, Placement
 from pyrolora.adapters.sites import SiteGroup, find_sites
 from pyrolora.distributions.flat import Flat
 from pyrolora.likelihoods.base import Likelihood
@@ -33,6 +33,8 @@ from pyrolora.priors.by_site import by_site
 from pyrolora.tasks.base import Task
 
 Batch = Mapping[str, Tensor]
+# Samples the local latent variables of a batch; returns ``{site: (b, ...)}``.
+Local = Callable[[Batch], Mapping[str, Tensor]]
 
 # Under this name a draw may hold the natural parameters themselves, which then stand for the model's output.
 NATURAL = "natural parameters"
@@ -140,7 +142,7 @@ class PyroLoRA(nn.Module):
         self.priors = by_site(priors, sites)
         self.sites = Sites(sites, self.priors)
         self.placement = Placement(self.model, self.sites)
-        self._recompute: list[Mapping[str, Tensor]] = []
+        self._running: list[Mapping[str, Tensor]] = []
         self._watch_checkpointing()
         self.latents = self._find_latents()
 
@@ -149,20 +151,27 @@ class PyroLoRA(nn.Module):
         """Where the adapters are: draws are made there."""
         return self.placement.device
 
-    def forward(self, batch: Batch) -> Tensor:
+    @property
+    def running(self) -> Mapping[str, Tensor]:
+        """All values of the pass that the base model makes now, also while it is recomputed: for hooks."""
+        return self._running[-1] if self._running else {}
+
+    def forward(self, batch: Batch, local: Local | None = None) -> Tensor:
         """Runs the program once.
+
+        Global latent variables, one value for all data, are sampled first. Local ones, a value for each example, stand
+        inside the plate ``data``: there the densities of a minibatch count N/b times, as the likelihood does.
 
         Args:
             batch: Tensors as `Task.collate` makes them; without labels the data site is sampled, not observed.
+            local: Samples local latent variables, ``{site: (b, ...)}``. Hooks find them in `running`.
 
         Returns:
             The likelihood's natural parameters, ``(b, K)`` for K classes.
         """
         draws, parameters = self.sample_latents()
-        logits = self.logits(draws, batch)
-        size = next(iter(batch.values())).shape[0]
-        # Indices are given so that the plate draws no random permutation of the whole data set at every step.
-        with pyro.plate("data", self.num_data, subsample=torch.arange(size)):
+        with data_plate(self.num_data, batch):
+            logits = self.logits({**draws, **(local(batch) if local else {})}, batch)
             self.likelihood.observe(logits, parameters, batch)
         return logits
 
@@ -183,25 +192,19 @@ class PyroLoRA(nn.Module):
         """Natural parameters of the likelihood under one draw of the adapters; nothing is sampled.
 
         Args:
-            draws: ``{site: value}``; absent sites keep the model's own weights.
+            draws: ``{site: value}``; absent sites keep the model's own weights. What is no adapter is for hooks.
             batch: Tensors as `Task.collate` makes them.
         """
         if NATURAL in draws:
             return draws[NATURAL]
         adapters = {name: value for name, value in draws.items() if name in self.sites}
-        with self.placed(adapters):
+        with Pass(self._running, draws, self.placement.placed(adapters)):
             output = self.model(**self.likelihood.forward_inputs(batch))
         return self.likelihood.logits(output, batch)
 
-    @contextlib.contextmanager
-    def placed(self, draws: Mapping[str, Tensor]) -> Iterator[None]:
+    def placed(self, draws: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Puts one draw on the model for the duration of the block; afterwards it is bitwise what it was."""
-        self._recompute.append(draws)
-        try:
-            with self.placement.placed(draws):
-                yield
-        finally:
-            self._recompute.pop()
+        return Pass(self._running, draws, self.placement.placed(draws))
 
     @torch.no_grad()
     def prior_predictive(self, batch: Batch, num_draws: int = 100, *, seed: int = 0) -> Tensor:
@@ -254,8 +257,9 @@ class PyroLoRA(nn.Module):
         return any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
 
     def _recompute_context(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        draws = self._recompute[-1] if self._recompute else {}
-        return contextlib.nullcontext(), self.placement.placed(draws)
+        draws = self.running
+        adapters = {name: value for name, value in draws.items() if name in self.sites}
+        return contextlib.nullcontext(), Pass(self._running, draws, self.placement.placed(adapters))
 
     def _on_device(self) -> AbstractContextManager:
         device = self.device
@@ -302,6 +306,13 @@ class PyroLoRA(nn.Module):
                 _check_hyper_name(hyper, site)
             values |= own
         return values
+
+
+def data_plate(num_data: int, batch: Batch) -> Any:
+    """The plate over examples, which program and guides with local latent variables share."""
+    size = next(iter(batch.values())).shape[0]
+    # Indices are given so that the plate draws no random permutation of the whole data set at every step.
+    return pyro.plate("data", num_data, subsample=torch.arange(size))
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def test_wrong_arguments(recipe: Path, capsys: Captured, arguments: str, message
     [
         (
             "fit RECIPE --guide Meanfield",
-            "unknown class 'Meanfield'; did you mean 'MeanField'? There are Inducing, Laplace, MAP, MeanField",
+            "unknown class 'Meanfield'; did you mean 'MeanField'? There are Checkpoints, Dropout, Ensemble",
         ),
         ("fit RECIPE --options.nois weight", "MeanField: unknown argument 'nois'; did you mean 'noise'?"),
         ("fit RECIPE --options.noise loud", 'noise is "weight" or "example", not \'loud\''),

@@ -304,4 +304,4 @@ def test_unknown_draws_are_named() -> None:
     with pytest.raises(ValueError, match=r"'lora\.query\.A': a draw has shape \(2, 2, 16\), not \(2, 16\)"):
         program.logits({"lora.query.A": torch.zeros(2, 16)}, batch)
     assert {name: id(p) for name, p in program.model.named_parameters()} == held
-    assert not program._recompute
+    assert not program._running

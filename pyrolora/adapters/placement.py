@@ -97,6 +97,29 @@ class _Placed(AbstractContextManager[None]):
             parameters[key] = own
 
 
+class Pass(AbstractContextManager[None]):
+    """A pass of the base model under one draw: the adapters stand on it, and hooks can read all values.
+
+    Args:
+        running: A stack, on which the values of the pass that runs now stand last.
+        values: All of the draw.
+        placed: From `Placement.placed`.
+    """
+
+    def __init__(
+        self, running: list[Mapping[str, Tensor]], values: Mapping[str, Tensor], placed: AbstractContextManager
+    ):
+        self._running, self._values, self._placed = running, values, placed
+
+    def __enter__(self) -> None:
+        self._placed.__enter__()
+        self._running.append(self._values)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._running.pop()
+        self._placed.__exit__(*exception)
+
+
 def _value(slot: Slot) -> Tensor:
     parameters, key = slot
     value = parameters[key]

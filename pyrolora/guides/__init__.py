@@ -4,6 +4,7 @@ from pyrolora.guides.base import Guide
 from pyrolora.guides.dropout import Dropout
 from pyrolora.guides.ensemble import Ensemble
 from pyrolora.guides.inducing import Inducing
+from pyrolora.guides.input_adaptive import InputAdaptive
 from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
@@ -25,6 +26,7 @@ __all__ = [
     "Ensemble",
     "Guide",
     "Inducing",
+    "InputAdaptive",
     "Laplace",
     "MeanField",
     "Subspace",

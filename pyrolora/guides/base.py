@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, ClassVar, get_args
 
 import pyro
 import pyro.distributions as dist
+import torch
 from datasets import Dataset
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -25,7 +27,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyrolora.program import Batch, Latent, PyroLoRA
+from pyrolora.program import Batch, Latent, PyroLoRA, data_plate
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class Guide(nn.Module):
     To write one, implement `family`: the distribution at a random site, and `initialise`: its parameters. Sites that
     are not random get a point estimate under the same declared prior.
 
+    These are global latent variables: one value for all data. A guide with local ones, a value for each example, whose
+    distribution it computes from the input (amortised inference), implements `local_sites`, `local_prior` and
+    `local_family`, and `hooks`, which make the base model feel them. Both are sampled inside the plate ``data``.
+
     Args:
         random: Shell-style pattern(s) of the site names that are random, ``"*.A"`` for instance.
 
@@ -112,6 +118,24 @@ class Guide(nn.Module):
         """The value of one random site that stands for the whole posterior (its mean): ``latent.shape``."""
         raise self._without_family(latent)
 
+    # -- a guide with local latent variables implements these, and hooks ---------------------------------------------
+
+    def local_sites(self) -> list[str]:
+        """Names of the adapter sites with a random part for each example."""
+        return []
+
+    def local_prior(self, batch: Batch) -> dict[str, TorchDistributionMixin]:
+        """The model's distributions of the local latent variables, by name ``<site>.<variable>``: batch ``(b,)``."""
+        return {}
+
+    def local_family(self, batch: Batch) -> dict[str, TorchDistributionMixin]:
+        """The guide's distributions of them given the inputs: the same names and shapes."""
+        return {}
+
+    def describe_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the guide says of each input by itself, without a pass through the layers: ``{name: (b, layers)}``."""
+        return {}
+
     # -- and may change these ----------------------------------------------------------------------------------------
 
     def parameter_groups(self, learning_rate: float) -> list[dict]:
@@ -119,7 +143,10 @@ class Guide(nn.Module):
         return [{"params": list(self.parameters()), "lr": learning_rate}]
 
     def hooks(self, program: PyroLoRA) -> AbstractContextManager:
-        """What stands on the base model while the guide trains: noise in activation space, for instance."""
+        """What stands on the base model while the guide trains: noise in activation space, for instance.
+
+        With local latent variables, also while it predicts; their values are in ``program.running``.
+        """
         return contextlib.nullcontext()
 
     def training_arguments(self, args: Any) -> Any:
@@ -143,7 +170,7 @@ class Guide(nn.Module):
             num_draws: S.
             num_outputs: Natural parameters of an example, K for K classes.
         """
-        return max(num_draws, 1) if self.random_sites() else 1
+        return max(num_draws, 1) if self.random_sites() or self.local_sites() else 1
 
     def reparametrisations(self) -> dict[str, Reparam]:
         """Model sites to Pyro reparametrisers: how a guide with auxiliary variables rewrites the model's statements."""
@@ -163,13 +190,25 @@ class Guide(nn.Module):
 
     def natural_parameters(
         self, program: PyroLoRA, num_draws: int, *, seed: int = 0
-    ) -> Callable[[Batch], Tensor] | None:
+    ) -> Callable[[Batch], Iterable[Tensor]] | None:
         """Draws of the natural parameters, of guides that predict by other means than draws of the weights.
 
+        With local latent variables: of passes with `hooks`, in which every batch sees the same random numbers.
+
         Returns:
-            A function from a batch to ``(S, b, K)``; None where draws of the weights serve.
+            A function from a batch to S draws of shape ``(b, K)``; None where draws of the weights serve.
         """
-        return None
+        if not self.local_sites():
+            return None
+
+        def passes(batch: Batch) -> Iterator[Tensor]:
+            for s in range(num_draws):
+                with self.hooks(program), poutine.block(), torch.random.fork_rng():
+                    torch.manual_seed(seed * 1_000_003 + s)
+                    logits = program.logits(self(batch), batch)
+                yield logits
+
+        return passes
 
     # -- what every guide does ---------------------------------------------------------------------------------------
 
@@ -180,6 +219,7 @@ class Guide(nn.Module):
             ValueError: A `random` pattern that matches no site, or (``"*"`` apart) only sites that cannot be random.
         """
         self.latents = dict(program.latents)
+        self._num_data = program.num_data
         self._check_patterns()
         self.points = nn.ParameterDict()
         for latent in self.latents.values():
@@ -194,16 +234,17 @@ class Guide(nn.Module):
         ``SVI(guide.augmented(program), guide, ...)`` is how to train such a guide with Pyro's own loop.
         """
         strategies = self.reparametrisations()
-        return poutine.reparam(program, config=strategies) if strategies else program
+        model = poutine.reparam(program, config=strategies) if strategies else program
+        return partial(model, local=lambda batch: _sampled(self.local_prior(batch))) if self.local_sites() else model
 
     def forward(self, batch: Batch | None = None) -> dict[str, Tensor]:
         """Samples every latent site once.
 
         Args:
-            batch: The program's argument; guides without local latent variables do not look at it.
+            batch: The program's argument. Without it only global latent variables are sampled.
 
         Returns:
-            ``{site: value}`` in the model's order.
+            ``{site: value}`` in the model's order, then the local ones.
         """
         self._announce()
         plates: dict[str | None, AbstractContextManager] = {None: contextlib.nullcontext()}
@@ -214,6 +255,9 @@ class Guide(nn.Module):
                 plates[latent.plate] = pyro.plate(latent.plate, latent.shape[0], dim=-1)
             with plates[latent.plate]:
                 values[name] = pyro.sample(name, self.distribution(latent))
+        if batch is not None and self.local_sites():
+            with data_plate(self._num_data, batch):
+                values |= _sampled(self.local_family(batch))
         return values
 
     def distribution(self, latent: Latent) -> TorchDistributionMixin:
@@ -281,12 +325,17 @@ class Guide(nn.Module):
             if not found:
                 raise ValueError(f"random={pattern!r} matches no site; the sites are {', '.join(self.latents)}")
             # "*" is whatever can be random, were it nothing; a pattern of one's own means sites that one named.
-            if pattern != "*" and not any(self.is_random(latent) for latent in found):
+            local = self.local_sites()
+            if pattern != "*" and not any(self.is_random(latent) or latent.name in local for latent in found):
                 names = ", ".join(latent.name for latent in found)
                 raise ValueError(
                     f"random={pattern!r} matches only site(s) that cannot be random: {names}. Declare a proper prior "
                     "for them in place of priors.Flat (a hyper-parameter is random where its weights are), or use MAP"
                 )
+
+
+def _sampled(laws: Mapping[str, TorchDistributionMixin]) -> dict[str, Tensor]:
+    return {name: pyro.sample(name, law) for name, law in laws.items()}
 
 
 def key(latent: Latent) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ class Ensemble(Guide):
 
     def natural_parameters(
         self, program: PyroLoRA, num_draws: int, *, seed: int = 0
-    ) -> Callable[[Batch], Tensor] | None:
+    ) -> Callable[[Batch], Iterable[Tensor]] | None:
         """The members' own, where one of them predicts by other means than draws of the weights."""
         each = math.ceil(num_draws / self.size)
         seeds = [seed + 7919 * i for i in range(self.size)]
@@ -127,7 +127,7 @@ class Ensemble(Guide):
             _by_draws(part, program, each, seed=s) if function is None else function
             for part, function, s in zip(self.parts(), found, seeds, strict=True)
         ]
-        return lambda batch: _balanced([function(batch) for function in functions])
+        return lambda batch: _balanced([torch.stack([*function(batch)]) for function in functions])
 
 
 class _Chosen(Reparam):
@@ -165,10 +165,10 @@ def _redrawn(latent: Latent, latents: Mapping[str, Latent]) -> Latent:
     return dataclasses.replace(latent, start=latent.start.flatten()[order].reshape(latent.shape))
 
 
-def _by_draws(part: Guide, program: PyroLoRA, num_draws: int, *, seed: int) -> Callable[[Batch], Tensor]:
+def _by_draws(part: Guide, program: PyroLoRA, num_draws: int, *, seed: int) -> Callable[[Batch], Iterable[Tensor]]:
     """Natural parameters under draws of the weights."""
     draws = list(_draws(part, part.passes(num_draws, 0), seed=seed))
-    return lambda batch: torch.stack([program.logits(draw, batch) for draw in draws])
+    return lambda batch: (program.logits(draw, batch) for draw in draws)
 
 
 @torch.no_grad()

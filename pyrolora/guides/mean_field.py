@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -14,10 +12,12 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
-from pyrolora.adapters.sites import SiteGroup
+from pyrolora.adapters.noise import Change, Kind, bottleneck_noise, changed_outputs, require_linear
 from pyrolora.distributions.centred import Centred
-from pyrolora.guides.base import Card, Guide, key, unconstrained
+from pyrolora.guides.base import Card, Guide, check_choice, key, unconstrained
 from pyrolora.program import Batch, Latent, PyroLoRA
+
+Parametrisation = Literal["log", "square"]
 
 
 class MeanField(Guide):
@@ -38,12 +38,16 @@ class MeanField(Guide):
             starts the KL at ``−log c − ½`` nats for every weight. At 1 the noise hides the signal from the gradient.
         scale_learning_rate: Learning rate of ``log σ`` as a multiple of that of ``μ``: Adam moves a logarithm by
             about its rate a step, so that at the weights' own rate σ would still stand where it started.
-        noise: ``"weight"``: one draw for the whole batch. ``"example"``: an independent draw for each sequence,
-            shared by its tokens (and, in multiple choice, by its choices), added in activation space: the same
-            expected objective, its errors averaged over the batch, at the cost of one adapter-sized noise tensor per
-            sequence. In evaluation mode, and so in predictions, draws are coherent.
+        noise: ``"weight"``: one draw for the whole batch. The others are added in activation space, see
+            `bottleneck_noise`: errors of the gradient average out over the batch. ``"example"``: an independent draw
+            for each sequence, shared by its tokens (and, in multiple choice, by its choices): the same expected
+            objective, at the cost of one adapter-sized noise tensor per sequence. ``"local"`` and ``"flipout"``:
+            noise that differs between tokens, cheaper, and no longer that of one matrix for a sequence. In evaluation
+            mode, and so in predictions, draws are coherent.
+        parametrisation: ``"log"``: ``σ = exp(ρ)``, all at init_scale at first. ``"square"``: ``σ = G²``, with
+            ``G ~ U(ε/√2, ε)`` at first, where ε² is what σ is under ``"log"``.
 
-    Source: Blundell et al. 2015, eq. 3 (Bayes by backprop); Wang et al. 2024 (BLoB) for random A only.
+    Source: Blundell et al. 2015, eq. 3 (Bayes by backprop); Wang et al. 2024 (BLoB) for random A only, see `blob`.
     """
 
     card = Card("entries of A: independent Normals", "1 a step", "S")
@@ -54,25 +58,41 @@ class MeanField(Guide):
         random: str | Sequence[str] = "*.A",
         init_scale: float = 0.1,
         scale_learning_rate: float = 20.0,
-        noise: Literal["weight", "example"] = "weight",
+        noise: Kind = "weight",
+        parametrisation: Parametrisation = "log",
     ):
         super().__init__(random=random)
-        if noise not in ("weight", "example"):
-            raise ValueError(f'MeanField: noise is "weight" or "example", not {noise!r}')
+        check_choice("MeanField: noise", noise, Kind)
+        check_choice("MeanField: parametrisation", parametrisation, Parametrisation)
         if not (init_scale > 0 and scale_learning_rate > 0):
             raise ValueError("MeanField: init_scale and scale_learning_rate are positive numbers")
         self.init_scale = init_scale
         self.scale_learning_rate = scale_learning_rate
         self.noise = noise
+        self.parametrisation = parametrisation
         self._num_examples: int | None = None
         self.loc = nn.ParameterDict()
         self.log_scale = nn.ParameterDict()
+        self.root_scale = nn.ParameterDict()
+
+    @classmethod
+    def blob(cls, *, init_scale: float = 0.0125) -> MeanField:
+        """BLoB's configuration: A random, ``σ = G²``, flipout in training, coherent draws in predictions.
+
+        With ``priors={"*.A": Normal(0.2), "*.B": Flat(), ...}`` the default starts at BLoB's ``G ~ U(ε/√2, ε)``,
+        ε = 0.05. Its objective weighs the KL by a schedule of its own; here that is the temperature β.
+
+        Source: Wang et al. 2024 (NeurIPS), section 3 and appendix B.
+        """
+        return cls(noise="flipout", parametrisation="square", init_scale=init_scale, scale_learning_rate=1.0)
 
     def bind(self, program: PyroLoRA) -> None:
-        self.loc, self.log_scale = nn.ParameterDict(), nn.ParameterDict()
+        self.loc, self.log_scale, self.root_scale = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         super().bind(program)
-        if self.noise == "example":
-            _check_linear(program, [latent for latent in self.latents.values() if self._in_activations(latent)])
+        for latent in self.latents.values():
+            if self._in_activations(latent):
+                assert latent.group is not None
+                require_linear(program.model, latent.group, f'noise="{self.noise}"', 'use noise="weight"')
 
     def forward(self, batch: Batch | None = None) -> dict[str, Tensor]:
         # The noise of each example is added while the model runs, where only rows can be counted.
@@ -82,10 +102,14 @@ class MeanField(Guide):
     def initialise(self, latent: Latent) -> None:
         loc = unconstrained(latent)
         self.loc[key(latent)] = nn.Parameter(loc)
-        self.log_scale[key(latent)] = nn.Parameter(torch.full_like(loc, math.log(self.init_scale * latent.prior_scale)))
+        start = torch.full_like(loc, self.init_scale * latent.prior_scale)
+        if self.parametrisation == "log":
+            self.log_scale[key(latent)] = nn.Parameter(start.log())
+        else:
+            self.root_scale[key(latent)] = nn.Parameter(start.sqrt() * torch.empty_like(loc).uniform_(0.5**0.5, 1.0))
 
     def family(self, latent: Latent) -> TorchDistributionMixin:
-        loc, scale = self.loc[key(latent)], self.log_scale[key(latent)].exp()
+        loc, scale = self.loc[key(latent)], self.scale(latent)
         if latent.group is None:
             return _constrained(latent, loc, scale)
         if self._in_activations(latent) and self.training:
@@ -96,7 +120,7 @@ class MeanField(Guide):
         return biject_to(latent.support)(self.loc[key(latent)])
 
     def parameter_groups(self, learning_rate: float) -> list[dict]:
-        scales = list(self.log_scale.parameters())
+        scales = [*self.log_scale.parameters(), *self.root_scale.parameters()]
         own = {id(p) for p in scales}
         rest = [p for p in self.parameters() if id(p) not in own]
         return [
@@ -105,47 +129,39 @@ class MeanField(Guide):
         ]
 
     def hooks(self, program: PyroLoRA) -> AbstractContextManager:
-        return self._example_noise(program) if self.noise == "example" else contextlib.nullcontext()
+        changes = [
+            (path, self._change(latent, layer, parameter))
+            for latent in self.latents.values()
+            if self._in_activations(latent) and latent.group is not None
+            for layer, (path, parameter) in enumerate(latent.group.holders)
+        ]
+        return changed_outputs(program.model, changes)
+
+    def scale(self, latent: Latent) -> Tensor:
+        """σ of a random site, on the unconstrained scale for a hyper-parameter: ``latent.shape``."""
+        if key(latent) in self.log_scale:
+            return self.log_scale[key(latent)].exp()
+        return self.root_scale[key(latent)].square().clamp(min=1e-12)
 
     def _in_activations(self, latent: Latent) -> bool:
-        return self.noise == "example" and latent.group is not None and self.is_random(latent)
+        return self.noise != "weight" and latent.group is not None and self.is_random(latent)
 
-    @contextlib.contextmanager
-    def _example_noise(self, program: PyroLoRA) -> Iterator[None]:
-        """Adds each sequence's own noise to the outputs of the modules that hold random weights."""
-        with contextlib.ExitStack() as stack:
-            for latent in self.latents.values():
-                if not self._in_activations(latent):
-                    continue
-                assert latent.group is not None
-                for layer, (path, parameter) in enumerate(latent.group.holders):
-                    hook = self._hook(latent, layer, parameter)
-                    stack.callback(program.model.get_submodule(path).register_forward_hook(hook).remove)
-            yield
-
-    def _hook(self, latent: Latent, layer: int, parameter: str) -> Any:
+    def _change(self, latent: Latent, layer: int, parameter: str) -> Change:
+        """Adds the noise of one module's weight or bias to its output, while the guide trains."""
         assert latent.group is not None
-        name = latent.group.layers[layer]
+        where = latent.group.layers[layer]
 
-        def add_noise(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def change(x: Tensor, output: Tensor) -> Tensor:
             if not self.training:
                 return output
-            scale = self.log_scale[key(latent)][layer].exp()
-            x = inputs[0]
+            scale = self.scale(latent)[layer]
+            if parameter == "bias":  # the weight of an input that is always 1
+                x, scale = x.new_ones(*x.shape[:-1], 1), scale.unsqueeze(-1)
             examples = self._num_examples or x.shape[0]
-            if x.shape[0] % examples:
-                raise ValueError(
-                    f'{name} sees {x.shape[0]} rows for {examples} examples, so noise="example" cannot tell whose row '
-                    'is whose; use noise="weight"'
-                )
-            noise = torch.randn(examples, *scale.shape, dtype=scale.dtype, device=scale.device)
-            noise = (scale * noise).to(output.dtype)
-            # Tokens, and the choices of one example, share its noise: all rows of an example stand together.
-            rows = x.reshape(examples, -1, x.shape[-1]).to(noise.dtype)
-            added = noise.unsqueeze(1).expand(-1, rows.shape[1], -1) if parameter == "bias" else rows @ noise.mT
-            return output + added.reshape(output.shape)
+            noise = bottleneck_noise(self.noise, x, scale, examples=examples, where=where)
+            return output + noise.to(output.dtype)
 
-        return add_noise
+        return change
 
 
 def _constrained(latent: Latent, loc: Tensor, scale: Tensor) -> TorchDistributionMixin:
@@ -157,14 +173,3 @@ def _constrained(latent: Latent, loc: Tensor, scale: Tensor) -> TorchDistributio
         # By its own name, because the KL between two log-Normals is known and that of a transformed Normal is not.
         return dist.LogNormal(loc, scale).to_event(latent.event_dim)
     return dist.TransformedDistribution(dist.Normal(loc, scale), [biject_to(latent.support)])
-
-
-def _check_linear(program: PyroLoRA, latents: Sequence[Latent]) -> None:
-    for latent in latents:
-        group: SiteGroup | None = latent.group
-        assert group is not None
-        for path, _ in group.holders:
-            if not isinstance(program.model.get_submodule(path), nn.Linear):
-                raise ValueError(
-                    f'{path} is not linear: noise="example" cannot serve {latent.name!r}; use noise="weight"'
-                )

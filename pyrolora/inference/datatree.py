@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -72,8 +73,11 @@ def build(
     attributes: Mapping[str, Any],
 ) -> DataTree:
     """Assembles the tree with named dimensions and layer coordinates."""
-    dims, coords = _dimensions(latents)
-    data_dims = {program.likelihood.site: ["example"]}
+    # Numbers of each input are of the layers of a site, whose name theirs begins with.
+    inputs = {name: program.latents[name.rpartition(".")[0]] for name in groups.get("constant_data", {})}
+    rows = [replace(owner, name=name, shape=owner.shape[:1]) for name, owner in inputs.items()]
+    dims, coords = _dimensions([*latents, *rows])
+    data_dims = {program.likelihood.site: ["example"], **{name: ["example", *dims[name]] for name in inputs}}
     filled = {name: dict(group) for name, group in groups.items() if group}
     return from_dict(filled, dims={**dims, **data_dims}, coords=coords, attrs={"/": dict(attributes)})
 
@@ -104,8 +108,9 @@ def _dimensions(latents: Sequence[Latent]) -> tuple[dict[str, list[str]], dict[s
 
 def _own_dims(latent: Latent) -> tuple[str, ...]:
     if latent.group is not None:
-        auxiliary = ("layer", "rank") if len(latent.shape) == 2 else ("layer", "row", "column")
-        return latent.group.dims if latent.shape == latent.group.shape else auxiliary
+        if latent.shape == latent.group.shape:
+            return latent.group.dims
+        return [("layer",), ("layer", "rank"), ("layer", "row", "column")][len(latent.shape) - 1]
     names = ("layer", "rank") if latent.name.startswith("lora.") else ()
     return names[: len(latent.shape)] or tuple(f"{latent.name}.dim_{i}" for i in range(len(latent.shape)))
 

@@ -22,6 +22,7 @@ from pyrolora.inference import archive, datatree
 from pyrolora.inference.archive import ArchiveError
 from pyrolora.inference.density import paired_traces, traces, values_of
 from pyrolora.inference.display import table
+from pyrolora.inference.inputs import describe_inputs
 from pyrolora.inference.noise import noise_to_mean
 from pyrolora.inference.predict import Function, Runner, log_likelihood, log_probabilities
 from pyrolora.inference.prediction import Prediction, PredictionBuilder
@@ -82,9 +83,9 @@ class Posterior:
         Returns:
             ``{site or kind: {name: number}}``; empty for a point estimate.
         """
-        if not self.guide.random_sites():
-            return {}
         rows = self.guide.describe()
+        if not self.guide.random_sites():
+            return rows
         draws = self.draw(num_draws, seed=self.seed)
         for kind, ratio in noise_to_mean(self.program.sites, draws, self.mean()).items():
             rows.setdefault(kind, {})["noise_to_mean"] = ratio
@@ -128,7 +129,8 @@ class Posterior:
             order += rows
         columns = {name: data[name][:] for name in ("labels", "text") if name in data.column_names}
         assert builder is not None
-        return builder.build(torch.tensor(order), columns).scaled(self.scaling)
+        prediction = builder.build(torch.tensor(order), columns).scaled(self.scaling)
+        return replace(prediction, inputs=describe_inputs(self.program, self.guide, data, batch_size=batch_size))
 
     def log_likelihood(
         self,
@@ -210,8 +212,8 @@ class Posterior:
 
         Groups: ``posterior`` and ``prior`` with dims (chain, draw, layer, rank, ...); ``sample_stats`` with
         ``log_prior`` and ``log_guide`` of each draw; given data, also ``log_likelihood``, ``posterior_predictive`` (for
-        class likelihoods) and ``observed_data``. Draws of a guide are independent: they are one chain, and R-hat within
-        it says nothing.
+        class likelihoods), ``observed_data``, and ``constant_data`` where the guide has numbers for each input. Draws
+        of a guide are independent: they are one chain, and R-hat within it says nothing.
 
         Args:
             data: A tokenised split.
@@ -250,6 +252,8 @@ class Posterior:
         # from natural parameters have as many points of those as they choose.
         rows = num_draws if len(values) == 1 else len(values)
         groups = {"log_likelihood": {site: datatree.as_chain(values.expand(rows, -1))}}
+        inputs = describe_inputs(self.program, self.guide, data)
+        groups["constant_data"] = {name: value.numpy() for name, value in inputs.items()}
         if isinstance(self.program.likelihood, ClassLikelihood):
             draws = self.predict(data, num_draws, seed=seed).draws
             if draws is not None:
@@ -363,6 +367,8 @@ class Posterior:
         """
         if draw == "mean":
             values = self.mean()
+        elif self.guide.local_sites():
+            raise ValueError(f"{type(self.guide).__name__}: noise of each input fits no adapter file; export the mean")
         elif isinstance(draw, int) and draw >= 0:
             values = {name: value[draw] for name, value in self.draw(draw + 1, seed=seed).items()}
         else:
@@ -376,9 +382,11 @@ class Posterior:
     def __repr__(self) -> str:
         random = self.guide.random_sites()
         size = sum(self.program.latents[name].shape.numel() for name in random)
+        local = self.guide.local_sites()
         return (
             f"Posterior({type(self.guide).__name__}, β={self.temperature:g}, seed={self.seed}: "
-            f"{len(random)} of {len(self.program.latents)} sites random, {size:,} weights)"
+            f"{len(random)} of {len(self.program.latents)} sites random, {size:,} weights"
+            f"{f'; noise of each input at {len(local)}' if local else ''})"
         )
 
 

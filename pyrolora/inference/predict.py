@@ -40,7 +40,7 @@ class Runner:
         vectorise: False runs draw by draw. None decides: together on an accelerator, which a single draw of a small
             batch leaves half idle, and wherever a fifth of the model or more precedes the first random layer; one by
             one on a CPU otherwise, where batched products of small matrices cost more than they save.
-        natural: In place of draws of the weights: a batch's draws of the natural parameters, ``(S, b, K)``.
+        natural: In place of draws of the weights: a batch's draws of the natural parameters, S of ``(b, K)``.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Runner:
         *,
         chunk_size: int = 8,
         vectorise: bool | None = None,
-        natural: Callable[[Batch], Tensor] | None = None,
+        natural: Callable[[Batch], Iterable[Tensor]] | None = None,
     ):
         self.program = program
         self.draws = dict(draws)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -36,6 +36,8 @@ class Prediction:
         joint: Whether a draw is one value of the weights, the same for every input. Not so for linearised Laplace: its
             draws are quasi-Monte Carlo points of each input's own predictive. They average to it, but are not
             independent, and point s of one input has nothing to do with point s of another.
+        inputs: What the guide says of each input by itself, ``{name: (n, layers)}``: for `InputAdaptive` the α of every
+            layer, ``lora.query.A.alpha``. Empty for most guides.
 
     Source of the decomposition: Depeweg et al. 2018, section 3.
     """
@@ -50,6 +52,7 @@ class Prediction:
     texts: tuple[str, ...] | None
     class_names: tuple[str, ...]
     joint: bool = True
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def mean(self) -> Tensor:
@@ -86,7 +89,7 @@ class Prediction:
         return replace(self, log_mean=log_mean, entropy=entropy, expected_entropy=aleatoric)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row for each input: text, label, predicted class, its probability, and the uncertainties."""
+        """One row for each input: text, label, predicted class, its probability, the uncertainties, means of inputs."""
         names = self.class_names or tuple(str(k) for k in range(self.log_mean.shape[1]))
         best = self.log_mean.argmax(-1)
         columns: dict[str, Any] = {} if self.texts is None else {"text": list(self.texts)}
@@ -97,6 +100,7 @@ class Prediction:
         columns |= {f"p({name})": self.mean[:, k].numpy() for k, name in enumerate(names)}
         columns["entropy"] = self.entropy.numpy()
         columns["mutual_information"] = self.mutual_information.numpy()
+        columns |= {name: value.mean(-1).numpy() for name, value in self.inputs.items()}
         return pd.DataFrame(columns)
 
     def to_dataset(self) -> datasets.Dataset:
@@ -148,9 +152,10 @@ class PredictionBuilder:
             order: Position in the data of each row added, ``(n,)``.
             columns: ``labels`` and ``text`` of the data, where it has them.
         """
-        joined = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
         back = torch.argsort(order)
-        joined = {name: value[back] for name, value in joined.items()}
+        joined: dict[str, Any] = {
+            name: torch.cat([part[name] for part in self._parts])[back] for name in self._parts[0]
+        }
         draws = joined.pop("draws", None)
         labels, texts = columns.get("labels"), columns.get("text")
         return Prediction(

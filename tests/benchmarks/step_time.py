@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from pyrolora.guides.inducing import Inducing
+from pyrolora.guides.input_adaptive import InputAdaptive
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.elbo import Objective
@@ -52,6 +53,10 @@ GUIDES: dict[str, Callable[[], Any]] = {
     "MeanField": MeanField,
     "Inducing": Inducing,
     "Inducing, factors": lambda: Inducing(structure="factors", random="lora.*"),
+    "BLoB": MeanField.blob,
+    "InputAdaptive": InputAdaptive,
+    "InputAdaptive, backbone": lambda: InputAdaptive(features="backbone"),
+    "MeanField, local noise": lambda: MeanField(noise="local"),
     "MeanField, all sites": lambda: MeanField(random="*"),
     "MeanField, all sites, example noise": lambda: MeanField(random="*", noise="example"),
 }

@@ -80,6 +80,14 @@ def factors(**options: Any) -> Configuration:
     return inducing(**{"structure": "factors", "random": "*.B", "b": 0.1, **options})
 
 
+BLOB = {"noise": "flipout", "parametrisation": "square", "init_scale": 0.0125, "scale_learning_rate": 1.0}
+
+
+def adaptive(**options: Any) -> Configuration:
+    own = {name: options.pop(name) for name in ("a", "b", "temperature") if name in options}
+    return Configuration("InputAdaptive", options, **own)
+
+
 LORA = Configuration(head=None)
 SWEEPS = {
     "defaults": [
@@ -117,6 +125,17 @@ SWEEPS = {
             factors(b=0.07, conditional="fixed", conditional_scale=x, posterior="ensemble", members=1)
             for x in (0.1, 0.3)
         ),
+    ],
+    "adaptive": [  # θ under the prior that MAP has here: the dropout rate p, β, the features, the KL's scale, the prior
+        LORA,
+        Configuration(a=0.2),
+        *(adaptive(a=0.2, rate=p, temperature=beta) for p in (0.05, 0.1, 0.2, 0.5) for beta in (1.0, 0.1, 0.01)),
+        *(adaptive(a=0.2, features="backbone", temperature=beta) for beta in (1.0, 0.1, 0.01)),
+        *(adaptive(a=0.2, kl="sum", temperature=beta) for beta in (1.0, 0.01)),
+        *(adaptive(a=0.2, prior="declared", temperature=beta) for beta in (1.0, 0.1)),
+        *(adaptive(a=0.2, noise=noise, temperature=0.1) for noise in ("example", "flipout", "weight")),
+        adaptive(a=0.2, predictive="local", temperature=0.1),
+        *(Configuration("MeanField", BLOB, a=0.2, temperature=beta) for beta in (1.0, 0.1, 0.05)),
     ],
 }
 
@@ -165,7 +184,7 @@ def run(task: Task, chosen: Configuration, seed: int, *, test: bool, keep: Path 
     posterior, seconds = fitted(task, chosen, seed, keep=keep, name=name)
     data = {split: rows_of(task, split) for split in (("validation", "test") if test else ("validation",))}
     row: dict[str, Any] = {}
-    is_random = bool(posterior.guide.random_sites())
+    is_random = bool(posterior.guide.random_sites() or posterior.guide.local_sites())
     for draws in (0, 16 if test else 8) if is_random else (0,):
         found = {split: posterior.predict(rows, draws) for split, rows in data.items()}
         for size in ((1, 4, 16) if test else (draws,)) if draws else (0,):

@@ -50,7 +50,9 @@ def test_plain_lora_is_first(recipe: Path) -> None:
     one = Recipe.read(recipe)
     assert names(one, guides=("MeanField", "MAP", "MeanField")) == ["LoRA", "MeanField", "MAP"]
     assert names(one, guides=("MAP", "LoRA")) == ["LoRA", "MAP"]
-    with pytest.raises(RecipeError, match=r"'Meanfield'; there are LoRA, MAP, Inducing, Laplace, MeanField"):
+    with pytest.raises(
+        RecipeError, match=r"'Meanfield'; there are LoRA, MAP, Inducing, InputAdaptive, Laplace, MeanField"
+    ):
         names(one, guides=("Meanfield",))
     with pytest.raises(RecipeError, match="nothing to compare"):
         names()

@@ -12,19 +12,22 @@ from peft import LoraConfig
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
-from torch.distributions import ReshapeTransform
+from torch.distributions import ReshapeTransform, kl_divergence
 
+from pyrolora.adapters.noise import Change, changed_outputs
 from pyrolora.guides.base import Guide, key, matches, unconstrained
+from pyrolora.guides.features import frozen_features
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.elbo import TemperedELBO
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.randomness import isolated
 from pyrolora.likelihoods.normal import Normal as NormalLikelihood
 from pyrolora.priors.base import Prior
 from pyrolora.priors.flat import Flat
 from pyrolora.priors.hierarchical import ARD, Hierarchical
 from pyrolora.priors.normal import Normal
-from pyrolora.program import Latent, PyroLoRA
+from pyrolora.program import Batch, Latent, PyroLoRA
 from tests.contracts import test_guides as contract
 from tests.programs import LinearModel, linear_gaussian, sentence_task, tiny_program
 
@@ -242,6 +245,47 @@ def test_without_a_family_it_says_what_is_missing() -> None:
         half.mean()
 
 
+class Gates(Guide):
+    """An amortised guide: a factor of each layer's bottleneck for each example, ``h ↦ h exp(g)``, ``g ~ N(0, s²)``."""
+
+    def __init__(self, *, scale: float = 0.5):
+        super().__init__(random=())
+        self.scale = scale
+
+    def bind(self, program: PyroLoRA) -> None:
+        super().bind(program)
+        self.features, width = frozen_features(program, "embedding")
+        self.network = nn.Linear(width, 4)
+
+    def local_sites(self) -> list[str]:
+        return ["lora.query.A"]
+
+    def local_prior(self, batch: Batch) -> dict[str, dist.TorchDistribution]:
+        return {"lora.query.A.gate": dist.Normal(0.0, self.scale).expand([len(batch["labels"]), 2]).to_event(1)}
+
+    def local_family(self, batch: Batch) -> dict[str, dist.TorchDistribution]:
+        loc, log_scale = self.network(self.features(batch)).chunk(2, -1)
+        return {"lora.query.A.gate": dist.Normal(loc, log_scale.exp()).to_event(1)}
+
+    def hooks(self, program: PyroLoRA) -> contextlib.AbstractContextManager:
+        def change(layer: int) -> Change:
+            return lambda x, h: h * program.running["lora.query.A.gate"][:, layer, None, None].exp()
+
+        paths = [path for path, _ in program.sites["lora.query.A"].holders]
+        return changed_outputs(program.model, [(path, change(layer)) for layer, path in enumerate(paths)])
+
+
+def gated() -> tuple[PyroLoRA, Gates, dict[str, Tensor]]:
+    program = tiny_program()
+    guide = Gates()
+    with torch.no_grad(), isolated(0):
+        guide.bind(program)
+        for parameter in guide.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    assert program.task is not None
+    return program, guide, program.task.collate(list(program.task.train.select(range(6))))
+
+
 LAWS = [
     contract.test_samples_each_site_once_with_its_shape,
     contract.test_returns_what_it_sampled,
@@ -256,7 +300,7 @@ LAWS = [
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__.removeprefix("test_"))
-@pytest.mark.parametrize("guide", [FullCovariance, SharedScale])
+@pytest.mark.parametrize("guide", [FullCovariance, SharedScale, Gates])
 def test_ones_own_guide_meets_the_contract(guide: type[Guide], law: object) -> None:
     """Law: a guide of three short methods meets every law that the package's guides meet."""
     law(guide(), tiny_program())  # type: ignore[operator]
@@ -268,6 +312,60 @@ def test_ones_own_guide_predicts() -> None:
     posterior = Posterior(program, bound(SharedScale(random="*"), program))
     prediction = posterior.predict(sentence_task().test, 4)
     assert prediction.num_draws == 4 and (prediction.variance > 0).any()
+
+
+def test_local_latents_count_for_each_example() -> None:
+    """Law: the KL of local latent variables is torch's, summed over the minibatch and scaled N/b; a gate conditioned
+    on acts on its own example and layer alone, as if the bottleneck were multiplied by hand."""
+    program, guide, batch = gated()
+    objective = TemperedELBO()
+    with guide.hooks(program):
+        objective.differentiable_loss(guide.augmented(program), guide, batch)
+    q, p = guide.local_family(batch)["lora.query.A.gate"], guide.local_prior(batch)["lora.query.A.gate"]
+    assert objective.terms is not None
+    by_hand = kl_divergence(q, p).sum() * 24 / 6
+    assert objective.terms.kl["lora.query.A.gate"].item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+    gate = torch.zeros(6, 2)
+    gate[1, 0] = 1.0
+    model = poutine.condition(guide.augmented(program), data={**guide.mean(), "lora.query.A.gate": gate})
+    with guide.hooks(program), torch.no_grad():
+        found = model(batch)
+    plain = program.logits(guide.mean(), batch)
+    scaled = {**guide.mean(), "lora.query.A": guide.mean()["lora.query.A"].clone()}
+    scaled["lora.query.A"][0] *= math.e
+    assert torch.allclose(found[1], program.logits(scaled, batch)[1], atol=1e-5)
+    others = [0, 2, 3, 4, 5]
+    assert torch.allclose(found[others], plain[others], atol=1e-5) and (found[1] - plain[1]).abs().max() > 1e-3
+
+
+def test_recomputation_sees_the_same_local_latents() -> None:
+    """Law: with two particles, whose gates differ, gradients under activation checkpointing are those without."""
+    rows = []
+    for checkpointing in (False, True):
+        program, guide, batch = gated()
+        if checkpointing:
+            program.enable_activation_checkpointing()
+        program.model.train()
+        with isolated(0), guide.hooks(program):
+            TemperedELBO(num_particles=2).differentiable_loss(guide.augmented(program), guide, batch).backward()
+        rows.append([p.grad for p in guide.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*rows, strict=True))
+    assert all(grad.abs().max() > 0 for grad in rows[0])
+
+
+def test_local_latents_are_drawn_for_predictions() -> None:
+    """Law: predictions average passes under the hooks, the first of more draws being those of fewer; without draws, and
+    without a batch, there are no local latents."""
+    program, guide, _ = gated()
+    posterior = Posterior(program, guide)
+    few, many = (posterior.predict(sentence_task().test, s).draws for s in (2, 4))
+    assert few is not None and many is not None
+    assert torch.allclose(few, many[:2], atol=1e-6) and (many.std(0) > 0).any()
+    assert guide.passes(4, 2) == 4 and guide.passes(0, 2) == 1
+    assert list(guide()) == list(program.latents)
+    none = posterior.predict(sentence_task().test, 0)
+    assert none.num_draws == 1 and none.inputs == {}
 
 
 def test_full_covariance_is_the_exact_posterior() -> None:

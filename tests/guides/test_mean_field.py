@@ -22,6 +22,7 @@ from pyrolora.inference.elbo import TemperedELBO
 from pyrolora.inference.randomness import isolated
 from pyrolora.likelihoods.categorical import Categorical
 from pyrolora.priors.base import Prior
+from pyrolora.priors.flat import Flat
 from pyrolora.priors.hierarchical import Hierarchical, Horseshoe
 from pyrolora.priors.matrix_normal import MatrixNormal
 from pyrolora.priors.normal import Normal
@@ -215,19 +216,69 @@ def test_tokens_of_one_example_see_one_matrix() -> None:
     assert (matrices[0] - matrices[1]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("noise", ["local", "flipout"])
+def test_noise_of_each_token_has_the_variance_of_weight_draws(noise: str) -> None:
+    """Law: at lora_A's output local and flipout noise have mean zero and variance (σ²)(x²), and no covariance between
+    tokens."""
+    program = tiny_program()
+    guide = bound(program, MeanField(random="*.A", noise=noise), scale=0.3).train()  # type: ignore[arg-type]
+    batch = {name: value[:1] for name, value in whole_batch(program).items()}
+    path, _ = program.sites[SITE].holders[0]
+    draws = 3000
+    with torch.no_grad(), isolated(0), guide.hooks(program), recording(program, path) as seen, poutine.block():
+        guide(batch)
+        for _ in range(draws):
+            program.model.get_submodule(path)(X)
+    noise_of = torch.stack([output for _, output in seen])
+    centred = (noise_of - noise_of.mean(0)).flatten(1)
+    exact = (X.square() @ guide.log_scale["lora/query/A"][0].detach().exp().square().T).flatten()
+    covariance = centred.T @ centred / draws
+    error = (exact[:, None] * exact[None]).sqrt() * math.sqrt(8 / draws)
+    assert ((covariance - exact.diag()).abs() < 5 * error).all()
+
+
+X = torch.randn(3, 16, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("noise", ["example", "local", "flipout"])
 @pytest.mark.parametrize("random", ["*", "head.*", "head.*.bias"])
-def test_example_noise_on_heads_and_biases(random: str) -> None:
+def test_noise_on_heads_and_biases(random: str, noise: str) -> None:
     """Law: a head's weight and bias get noise for each example, which vanishes with σ."""
     program = tiny_program()
-    guide = bound(program, MeanField(random=random, noise="example"), scale=0.3).train()
+    guide = bound(program, MeanField(random=random, noise=noise), scale=0.3).train()  # type: ignore[arg-type]
     one = {name: value[:1] for name, value in whole_batch(program).items()}
     batch = {name: value.expand(3, *value.shape[1:]) for name, value in one.items()}
     logits = run(program, guide, batch)
-    assert (logits[0] - logits[1]).abs().min() > 1e-4
+    # Flipout's signs may agree between two examples.
+    assert (logits.max(0).values - logits.min(0).values).max() > 1e-4
     with torch.no_grad():
         for scale in guide.log_scale.values():
             scale.fill_(-40.0)
         assert torch.allclose(run(program, guide, batch), program.logits(guide.mean(), batch), atol=1e-6)
+
+
+def test_blob_is_a_configuration() -> None:
+    """Law: `blob` has σ = G² with G ~ U(ε/√2, ε), ε = 0.05, under N(0, 0.2²) on A, whose KL is the Normals'; flipout
+    in training; G learns at the weights' rate; B is a point."""
+    program = tiny_program({"*.A": Normal(0.2), "*.B": Flat(), "head.*": Normal(1.0)})
+    guide = MeanField.blob()
+    guide.bind(program)
+    assert guide.noise == "flipout" and guide.random_sites() == ["lora.query.A", "lora.value.A"]
+    roots = guide.root_scale["lora/query/A"]
+    assert not guide.log_scale and roots.min() >= 0.05 / math.sqrt(2) and roots.max() <= 0.05
+    assert roots.mean().item() == pytest.approx(0.05 * (1 + 1 / math.sqrt(2)) / 2, rel=0.03)
+    with torch.no_grad():
+        roots[0, 0, 0] = -0.3
+    sigma = guide.family(program.latents[SITE]).base_dist.scale  # type: ignore[attr-defined]
+    assert torch.allclose(sigma, roots.square()) and sigma[0, 0, 0].item() == pytest.approx(0.09)
+    objective = TemperedELBO()
+    objective.differentiable_loss(program, guide, whole_batch(program))
+    own = torch.distributions.Normal(guide.loc["lora/query/A"], roots.square())
+    assert objective.terms is not None
+    by_hand = kl_divergence(own, torch.distributions.Normal(0.0, 0.2)).sum().item()
+    assert objective.terms.kl[SITE] == pytest.approx(by_hand, rel=1e-5)
+    rates = {id(p): group["lr"] for group in guide.parameter_groups(1e-3) for p in group["params"]}
+    assert {rates[id(p)] for p in guide.parameters()} == {1e-3}
 
 
 def test_bias_noise_has_its_standard_deviation() -> None:
@@ -353,7 +404,9 @@ def test_example_noise_has_less_variance() -> None:
     assert (spread["example"] < 0.7 * spread["weight"]).all()
 
 
-@pytest.mark.parametrize("arguments", [{"noise": "token"}, {"init_scale": 0.0}, {"scale_learning_rate": -1.0}])
+@pytest.mark.parametrize(
+    "arguments", [{"noise": "token"}, {"parametrisation": "cube"}, {"init_scale": 0.0}, {"scale_learning_rate": -1.0}]
+)
 def test_bad_arguments_are_refused(arguments: dict) -> None:
     """Law: an argument that makes no sense stops at construction and names the guide."""
     with pytest.raises(ValueError, match="MeanField: "):

@@ -149,7 +149,7 @@ def test_other_errors_are_the_users_to_see() -> None:
         runner.evaluate(function, whole_batch(program))
     assert len(calls) == 1 and runner.vectorise
     assert {name: id(p) for name, p in program.model.named_parameters()} == held
-    assert not program._recompute
+    assert not program._running
 
 
 # -- prefix sharing --------------------------------------------------------------------------------------------------

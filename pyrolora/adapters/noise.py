@@ -1,0 +1,140 @@
+"""Noise in activation space: what random weights add to a module's output, without a weight matrix for each row."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+
+from pyrolora.adapters.sites import AdapterError, SiteGroup
+
+Kind = Literal["weight", "example", "local", "flipout"]
+# Of a module's input and output, the new output.
+Change = Callable[[Tensor, Tensor], Tensor]
+
+
+def bottleneck_noise(
+    kind: Kind, x: Tensor, scale: Tensor, *, examples: int, factor: Tensor | None = None, where: str = "a module"
+) -> Tensor:
+    """What ``W − W̄`` adds to ``W̄ x`` where ``W_ij ~ N(W̄_ij, f_n² σ_ij²)`` for example n.
+
+    Every kind has variance ``d = f_n² (σ²)(x²)`` at each row; they differ in what is shared between rows:
+
+    - ``"weight"``: one ``ε`` for the batch, ``f_n (σ ∘ ε) x``.
+    - ``"example"``: one for each example, ``f_n (σ ∘ ε_n) x``: its tokens see one matrix.
+    - ``"local"``: one for each row (token) and output, ``√d ∘ ε``; nothing of the size of W is drawn.
+    - ``"flipout"``: one ``ε`` for the batch and random signs for each row, ``f_n s ∘ (σ ∘ ε)(s' ∘ x)``: rows are
+      uncorrelated, but not independent.
+
+    Computed in float32 whatever the type of x. It draws from torch's own generator, whose state activation
+    checkpointing restores, so that a recomputation sees the same noise.
+
+    Args:
+        kind: Which.
+        x: The module's input, ``(rows, ..., in)``; the rows of one example stand together.
+        scale: σ, ``(out, in)``.
+        examples: How many there are.
+        factor: f, ``(examples,)``; None is 1.
+        where: The module's name, for the message.
+
+    Returns:
+        ``(rows, ..., out)``.
+
+    Raises:
+        ValueError: Rows that cannot be divided among the examples.
+
+    Source: Kingma et al. 2015, eq. 6 (local reparametrisation); Wen et al. 2018, eq. 4 (flipout).
+    """
+    if x.shape[0] % examples and (kind == "example" or factor is not None):
+        raise ValueError(
+            f"{where} sees {x.shape[0]} rows for {examples} examples, so nobody can tell whose row is whose; "
+            'use noise="weight"'
+        )
+    with torch.autocast(x.device.type, enabled=False):
+        own = x.float()
+        scale = scale.float()
+        if kind == "local":
+            rows = own.reshape(-1, own.shape[-1])
+            noise, _ = _Local.apply(rows, scale, torch.randn(len(rows), len(scale), device=rows.device))
+        elif kind == "example":
+            each = torch.randn(examples, *scale.shape, dtype=scale.dtype, device=scale.device)
+            noise = own.reshape(examples, -1, own.shape[-1]) @ (scale * each).mT
+        else:
+            flipped = own * _signs(own) if kind == "flipout" else own
+            noise = flipped @ (scale * torch.randn_like(scale)).mT
+            noise = noise * _signs(noise) if kind == "flipout" else noise
+        shape = (*x.shape[:-1], scale.shape[0])
+        if factor is not None:
+            noise = noise.reshape(examples, -1) * factor.unsqueeze(-1)
+        return noise.reshape(shape)
+
+
+@contextlib.contextmanager
+def changed_outputs(model: nn.Module, changes: Iterable[tuple[str, Change]]) -> Iterator[None]:
+    """Changes the outputs of modules for the duration of the block; afterwards the model has no hook of ours.
+
+    Args:
+        model: The PEFT model.
+        changes: Pairs of a module's path and a function of its input and output.
+    """
+    with contextlib.ExitStack() as stack:
+        for path, change in changes:
+            stack.callback(model.get_submodule(path).register_forward_hook(_hook(change)).remove)
+        yield
+
+
+def require_linear(model: nn.Module, site: SiteGroup, what: str, advice: str) -> None:
+    """Checks that the modules of a site are linear maps whose outputs a hook can change.
+
+    Raises:
+        AdapterError: Embeddings and expert parameters, which PEFT does not run as modules.
+    """
+    for path, _ in site.holders:
+        if not isinstance(model.get_submodule(path), nn.Linear):
+            raise AdapterError(f"{path} is not linear: {what} cannot serve {site.name!r}; {advice}")
+        above = path.rpartition(".lora_")[0]
+        if above and isinstance(model.get_submodule(above), ParamWrapper):
+            raise AdapterError(f"{above}: expert parameters run no module: {what} cannot serve {site.name!r}; {advice}")
+
+
+def _hook(change: Change) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return change(inputs[0], output)
+
+    return hook
+
+
+class _Local(torch.autograd.Function):
+    """``√((σ²)(x²)) ∘ ε``. What autograd would record takes twice the time, and keeps a square of x for each module."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        # At zero the root's derivative is infinite, and infinity times zero is NaN.
+        deviation = (x.square() @ scale.square().mT).clamp(min=1e-30).sqrt()
+        return deviation * noise, deviation
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, scale, noise, deviation = ctx.saved_tensors
+        # Of √d: 1/(2√d); of d: 2 σ² x and 2 σ x².
+        ratio = grad * noise / deviation
+        by_x = (ratio @ scale.square()).mul_(x) if ctx.needs_input_grad[0] else None
+        by_scale = (ratio.mT @ x.square()).mul_(scale) if ctx.needs_input_grad[1] else None
+        return by_x, by_scale, None
+
+
+def _signs(like: Tensor) -> Tensor:
+    """±1, int8. One random bit of each byte of 64-bit integers: a third of the time of random bytes."""
+    words = torch.randint(-(2**63), 2**63 - 1, (like.numel() // 8 + 1,), device=like.device)
+    return words.view(torch.int8)[: like.numel()].bitwise_and_(1).mul_(2).sub_(1).reshape(like.shape)

@@ -1,0 +1,151 @@
+"""Noise in activation space: its covariance against brute force over weight matrices, and its hooks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from pyrolora.adapters.noise import _Local, bottleneck_noise, changed_outputs, require_linear
+from pyrolora.adapters.sites import AdapterError, find_sites
+from tests.conftest import ARCHITECTURES
+
+EXAMPLES, TOKENS, OUT, IN = 3, 2, 2, 4
+DRAWS = 20_000
+KINDS = ("weight", "example", "local", "flipout")
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(EXAMPLES, TOKENS, IN, generator=generator)
+    scale = torch.rand(OUT, IN, generator=generator) + 0.2
+    return x, scale, torch.tensor([0.5, 1.0, 2.0])
+
+
+def sampled(kind: str, x: Tensor, scale: Tensor, factor: Tensor | None) -> Tensor:
+    """Draws of the noise of all rows and outputs in one vector, ``(DRAWS, rows · OUT)``."""
+    one = torch.vmap(
+        lambda _: bottleneck_noise(kind, x, scale, examples=EXAMPLES, factor=factor),  # type: ignore[arg-type]
+        randomness="different",
+    )
+    return one(torch.zeros(DRAWS)).reshape(DRAWS, -1)
+
+
+def brute_force(kind: str, x: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+    """The covariance by definition: of explicit weight matrices, shared between the rows that share them."""
+    rows = x.reshape(-1, IN)
+    owner = torch.arange(EXAMPLES).repeat_interleave(TOKENS)
+    f = factor[owner]
+    # cov(h_ti, h_uj) = δ_ij f_t f_u Σ_k σ_ik² x_tk x_uk for rows that see one ε, and zero for others.
+    full = torch.einsum("t,u,ik,tk,uk->tiu", f, f, scale**2, rows, rows)
+    same = {
+        "weight": torch.ones(len(rows), len(rows)),
+        "example": (owner[:, None] == owner[None]).float(),
+        "local": torch.eye(len(rows)),
+        "flipout": torch.eye(len(rows)),
+    }[kind]
+    return torch.einsum("tiu,tu,ij->tiuj", full, same, torch.eye(OUT)).reshape(len(rows) * OUT, -1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_factor", [False, True])
+def test_covariance_is_that_of_weight_draws(kind: str, with_factor: bool) -> None:
+    """Law: within and between rows the noise has the covariance of weight matrices shared as the kind says."""
+    x, scale, factor = inputs()
+    with_ones = factor if with_factor else torch.ones(EXAMPLES)
+    noise = sampled(kind, x, scale, factor if with_factor else None)
+    exact = brute_force(kind, x, scale, with_ones)
+    found = noise.T @ noise / DRAWS
+    spread = exact.diagonal().sqrt()
+    # Of a product of two Normals; flipout's, conditionally on its ε, has heavier tails.
+    error = spread[:, None] * spread[None] * math.sqrt((8 if kind == "flipout" else 2) / DRAWS)
+    assert ((found - exact).abs() < 5 * error).all()
+    assert (noise.mean(0).abs() < 5 * spread / math.sqrt(DRAWS)).all()
+
+
+def test_brute_force_itself() -> None:
+    """Law: the covariance above is that of explicit random matrices, one for each example."""
+    x, scale, factor = inputs()
+    weights = factor[:, None, None] * scale * torch.randn(DRAWS, EXAMPLES, OUT, IN)
+    noise = torch.einsum("seik,etk->seti", weights, x).reshape(DRAWS, -1)
+    exact = brute_force("example", x, scale, factor)
+    spread = exact.diagonal().sqrt()
+    error = spread[:, None] * spread[None] * math.sqrt(2 / DRAWS)
+    assert ((noise.T @ noise / DRAWS - exact).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_finite_where_there_is_no_noise(kind: str) -> None:
+    """Law: at σ = 0 or x = 0 the noise vanishes and its gradient is finite, where the root's is not."""
+    x, scale, factor = inputs()
+    x[0, 0], scale[0] = 0.0, 0.0
+    leaves = [part.clone().requires_grad_() for part in (x, scale, factor)]
+    noise = bottleneck_noise(kind, leaves[0], leaves[1], examples=EXAMPLES, factor=leaves[2])  # type: ignore[arg-type]
+    assert noise[0, 0].abs().max() < 1e-14 and noise[..., 0].abs().max() < 1e-14
+    noise.sum().backward()
+    assert all(torch.isfinite(leaf.grad).all() for leaf in leaves if leaf.grad is not None)
+
+
+def test_gradient_of_local_noise() -> None:
+    """Law: its hand-written derivative is that of finite differences, in x and σ."""
+    x, scale, _ = inputs()
+    noise = torch.randn(EXAMPLES * TOKENS, OUT).double()
+    leaves = [x.reshape(-1, IN).double().requires_grad_(), scale.double().requires_grad_()]
+    assert torch.autograd.gradcheck(lambda a, b: _Local.apply(a, b, noise)[0], leaves)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_computed_in_float32(kind: str, dtype: torch.dtype) -> None:
+    """Law: the noise of a bfloat16 or float16 input is that of its float32 copy, under autocast too; squares of large
+    float16 inputs do not overflow."""
+    x, scale, factor = inputs()
+    x = (300 * x).to(dtype)
+    rows = []
+    for value, automatic in ((x, False), (x.float(), False), (x, True)):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=automatic):
+            rows.append(bottleneck_noise(kind, value, scale, examples=EXAMPLES, factor=factor))  # type: ignore[arg-type]
+    assert all(torch.equal(row, rows[0]) and torch.isfinite(row).all() for row in rows)
+
+
+def test_rows_of_no_example_are_refused() -> None:
+    """Law: where rows cannot be divided among the examples, kinds that need to know whose they are say so."""
+    x, scale, factor = torch.randn(7, IN), torch.rand(OUT, IN), torch.ones(3)
+    with pytest.raises(ValueError, match=r'layer.query sees 7 rows for 3 examples.*noise="weight"'):
+        bottleneck_noise("example", x, scale, examples=3, where="layer.query")
+    with pytest.raises(ValueError, match="a module sees 7 rows"):
+        bottleneck_noise("local", x, scale, examples=3, factor=factor)
+    assert bottleneck_noise("local", x, scale, examples=3).shape == (7, OUT)
+
+
+def test_changes_come_off() -> None:
+    """Law: a change acts on a module's output inside the block, and is gone after it, also when the block fails."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    x = torch.randn(5, 4)
+    plain = model(x)
+    with pytest.raises(KeyError), changed_outputs(model, [("0", lambda inner, out: out * 0), ("1", lambda h, out: h)]):
+        assert torch.equal(model(x), torch.zeros(5, 3))
+        raise KeyError
+    assert torch.equal(model(x), plain)
+
+
+def test_what_runs_no_linear_module_is_refused() -> None:
+    """Law: embeddings and expert parameters, whose lora_A is never called, are named in the error."""
+    config = LlamaConfig(
+        vocab_size=24, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, pad_token_id=0
+    )
+    options = {"r": 2, "target_modules": ["embed_tokens", "q_proj"]}
+    model = get_peft_model(LlamaForSequenceClassification(config), LoraConfig(**options))
+    sites = find_sites(model)
+    require_linear(model, sites["lora.q_proj.A"], "noise", "leave it out")
+    with pytest.raises(AdapterError, match="lora_embedding_A is not linear: noise cannot serve"):
+        require_linear(model, sites["lora.embed_tokens.A"], "noise", "leave it out")
+    experts = ARCHITECTURES["mixtral-experts"].inject()
+    site = find_sites(experts)["lora.experts.down_proj.A"]
+    with pytest.raises(AdapterError, match="expert parameters run no module: noise cannot serve"):
+        require_linear(experts, site, "noise", "leave it out")
