@@ -47,6 +47,13 @@ def build_parser(
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Help that keeps the lines of examples, and names defaults that say something."""
 
+    def add_argument(self, action: argparse.Action) -> None:
+        before = self._action_max_length
+        super().add_argument(action)
+        if self._action_max_length > before:
+            # argparse forgets the second indent of commands, so that the longest would break its line.
+            self._action_max_length += 2
+
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         silent = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)

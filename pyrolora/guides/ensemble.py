@@ -110,6 +110,14 @@ class Ensemble(Guide):
     def reparametrisations(self) -> dict[str, Reparam]:
         return {name: _Chosen(self, name) for part in self.parts() for name in part.reparametrisations()}
 
+    def augmented(self, program: PyroLoRA) -> Callable[..., Tensor]:
+        if any(part.local_sites() for part in self.parts()):
+            raise ValueError(
+                "Ensemble: members with local latent variables cannot share one run of Pyro's SVI; pyrolora.fit trains "
+                "them one after another"
+            )
+        return super().augmented(program)
+
     def describe(self) -> dict[str, dict[str, float]]:
         """What each member learnt, ``member 0: <site>`` and so on."""
         return {f"member {i}: {name}": row for i, p in enumerate(self.parts()) for name, row in p.describe().items()}
