@@ -10,12 +10,13 @@ import torch
 
 from pyrolora.guides.base import Card, Step
 from pyrolora.guides.samples import Samples
+from pyrolora.program import PyroLoRA
 
 
 class SGLD(Samples):
     """Points from ``p(θ | y)^{1/β}``: steps of SGD on ``U = −L_β / N`` with noise, under a cyclical learning rate.
 
-    ``v ← μ v − η (∇U + n)``, ``θ ← θ + v``, ``n ~ N(0, 2 (1 − μ) β / (η N))``: at momentum μ = 0 Langevin dynamics with
+    ``v ← μ v − η ∇U + n``, ``θ ← θ + v``, ``n ~ N(0, 2 (1 − μ) β η / N)``: at momentum μ = 0 Langevin dynamics with
     time step ``η / N``, otherwise SGHMC. In each cycle ``η`` falls from ``step_size`` to 0 as a cosine; the first part
     of it has no noise and looks for a mode, the rest samples. Right in the limit of small steps and whole-data
     gradients; a minibatch adds noise of its own, which nothing here corrects.
@@ -50,8 +51,13 @@ class SGLD(Samples):
             )
         self.cycles, self.step_size, self.momentum, self.exploration = cycles, step_size, momentum, exploration
 
+    def bind(self, program: PyroLoRA) -> None:
+        super().bind(program)
+        for name, parameter in self.points.items():
+            self.register_buffer(f"velocity:{name}", torch.zeros_like(parameter))
+
     def parameter_groups(self, learning_rate: float) -> list[dict]:
-        return [{"params": list(self.parameters()), "lr": self.step_size, "momentum": self.momentum}]
+        return [{"params": list(self.parameters()), "lr": self.step_size}]
 
     def training_arguments(self, args: Any) -> Any:
         """Plain SGD under cosine cycles, neither warmed up nor clipped: what the noise is made for."""
@@ -62,12 +68,20 @@ class SGLD(Samples):
 
     @torch.no_grad()
     def before_step(self, step: Step) -> None:
-        if self._phase(step.number - 1, step) < self.exploration or step.learning_rate <= 0:
+        rate = step.learning_rate
+        if rate <= 0:
             return
-        variance = 2 * (1 - self.momentum) * step.temperature / (step.learning_rate * step.num_data)
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.add_(torch.randn_like(parameter), alpha=math.sqrt(variance))
+        noisy = self._phase(step.number - 1, step) >= self.exploration
+        variance = 2 * (1 - self.momentum) * step.temperature * rate / step.num_data if noisy else 0.0
+        for name, parameter in self.points.items():
+            if parameter.grad is None:
+                continue
+            # The velocity is kept here, not as the optimiser's sum of gradients: that would be multiplied by the new
+            # rate where a cycle begins, after noise in the scale of the old one.
+            velocity = self.get_buffer(f"velocity:{name}")
+            velocity.mul_(self.momentum).sub_(parameter.grad, alpha=rate)
+            velocity.add_(torch.randn_like(velocity), alpha=math.sqrt(variance))
+            parameter.grad.copy_(velocity / -rate)
 
     def after_step(self, step: Step) -> None:
         if math.floor(self._due(step.number, step)) > math.floor(self._due(step.number - 1, step)):

@@ -89,12 +89,12 @@ def arguments(folder: str, steps: int, seed: int = 0) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        logging_steps=steps,
+        logging_strategy="no",
         seed=seed,
     )
 
 
-def table(model: str, *, steps: int, points: int, names: Mapping[str, Guide] | None = None) -> pd.DataFrame:
+def table(model: str, guides: Mapping[str, Guide], *, steps: int, points: int) -> pd.DataFrame:
     """Distances of every guide from NUTS on one of the two models, and the seconds that its fit took."""
     build = logistic_program if model == "logistic" else transformer
     seconds, posteriors = {}, {}
@@ -113,7 +113,7 @@ def table(model: str, *, steps: int, points: int, names: Mapping[str, Guide] | N
         truth = fitted("NUTS", reference)
         # What another run of the truth itself differs by is what no distance below can be told from.
         posteriors["NUTS, another seed"] = fitted("NUTS, another seed", reference, seed=1)
-        for name, guide in (names or guides_of(model)).items():
+        for name, guide in guides.items():
             posteriors[name] = fitted(name, guide)
         found = distances(posteriors, truth, truth.program.task.test, num_draws=200)
     found["seconds"] = pd.Series(seconds)
@@ -123,11 +123,14 @@ def table(model: str, *, steps: int, points: int, names: Mapping[str, Guide] | N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=["logistic", "transformer"])
+    parser.add_argument("--only", nargs="+", help="names of guides, as in the table")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--points", type=int, default=200)
     options = parser.parse_args()
     for model in options.models:  # a few minutes each
-        print(table(model, steps=options.steps, points=options.points).round(4).to_string(), flush=True)
+        names = {name: guide for name, guide in guides_of(model).items() if name in (options.only or [name])}
+        found = table(model, names, steps=options.steps, points=options.points)
+        print(found.round(4).to_string(), flush=True)
 
 
 if __name__ == "__main__":

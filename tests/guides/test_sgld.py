@@ -43,7 +43,7 @@ def test_on_a_gaussian_it_samples_that_gaussian(momentum: float, temperature: fl
 
 def test_noise_comes_in_the_second_part_of_a_cycle() -> None:
     """Law: the first part of each cycle is plain SGD; size/cycles points are kept in the second part of each."""
-    guide = SGLD(size=8, cycles=2, exploration=0.5)
+    guide = SGLD(size=8, cycles=2, exploration=0.5, momentum=0.0)
     guide.bind(tiny_program())
     point, noisy, kept = guide.points["lora/query/A"], [], []
     for number in range(1, 41):
@@ -58,6 +58,24 @@ def test_noise_comes_in_the_second_part_of_a_cycle() -> None:
     assert noisy == [*range(11, 21), *range(31, 41)]
     assert len(kept) == 8 and [number <= 20 for number in kept] == [True] * 4 + [False] * 4
     assert set(kept) <= set(noisy) and kept[3] == 20 and kept[-1] == 40
+
+
+def test_a_new_cycle_gives_no_kick() -> None:
+    """Law: where the rate jumps from almost 0 to ``step_size``, weights move as far as in any cycle's first steps."""
+    guide = SGLD(cycles=2, exploration=0.0, step_size=0.1)
+    guide.bind(tiny_program())
+    point = guide.points["lora/query/A"]
+    optimiser = torch.optim.SGD(guide.parameter_groups(1.0))
+    moved = []
+    with isolated(0):
+        for number, rate in enumerate([0.1] * 20 + [1e-7] * 20 + [0.1] * 20, start=1):
+            before = point.detach().clone()
+            point.grad = torch.zeros_like(point)
+            guide.before_step(Step(number, 60, rate, 1.0, 24))
+            optimiser.param_groups[0]["lr"] = rate
+            optimiser.step()
+            moved.append(float((point - before).square().mean().sqrt()))
+    assert max(moved[40:]) < 2 * max(moved[:20]) and max(moved[38:40]) < 0.2 * max(moved[:20])
 
 
 def test_it_prescribes_its_optimiser(tmp_path: Path) -> None:
