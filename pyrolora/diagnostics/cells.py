@@ -143,7 +143,7 @@ def compute(cell: Cell, task: Task) -> None:
         start = time.perf_counter()
         predictions[split] = posterior.predict(rows, cell.num_draws)
         seconds[split] = time.perf_counter() - start
-    mean_weights = posterior.predict(task.test, 0) if posterior.guide.random_sites() else None
+    mean_weights = posterior.predict(task.test, 0) if posterior.guide.averages else None
     scaling = fit_scaling(posterior, task.validation, num_draws=cell.num_draws)
     entries: list[dict[str, Any]] = []
     tensors: dict[str, torch.Tensor] = {}

@@ -113,7 +113,7 @@ def evaluate_posterior(
     prediction = predict(data, num_draws)
     seconds = time.perf_counter() - start
     labels_of(prediction)  # no labels stop here, not after further predictions
-    averaged = num_draws > 0 and bool(posterior.guide.random_sites())
+    averaged = num_draws > 0 and posterior.guide.averages
     found = evaluate_prediction(
         prediction,
         scaling=scaling,

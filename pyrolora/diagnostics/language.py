@@ -84,7 +84,7 @@ def evaluate_language(
     counts = [likelihood.tokens(task.collate([plain[i]])).sum() for i in range(len(plain))]
     tokens = torch.stack(counts).double().numpy()
     draws = posterior.log_likelihood(data, num_draws, seed=seed, batch_size=batch_size).double()
-    averaged = num_draws > 0 and bool(posterior.guide.random_sites())
+    averaged = num_draws > 0 and posterior.guide.averages
     mean = posterior.log_likelihood(data, 0, batch_size=batch_size).double() if averaged else None
     sizes = [4**i for i in range(len(draws).bit_length()) if 4**i < len(draws)] + [len(draws)]
     scores = {size: mixture(draws[:size]) for size in sizes}

@@ -294,6 +294,11 @@ class Guide(nn.Module):
         """Names of the sites that have a distribution."""
         return [name for name, latent in self.latents.items() if self.is_random(latent)]
 
+    @property
+    def averages(self) -> bool:
+        """Whether a prediction averages over anything: draws, noise of each input, masks, members, points."""
+        return self.passes(2, 2) > 1
+
     def _announce(self) -> None:
         """Makes the parameters visible to Pyro's SVI by param statements; nothing enters Pyro's global store."""
         for name, parameter in self.named_parameters():

@@ -73,7 +73,7 @@ class InputAdaptive(Guide):
     Raises:
         ValueError: A site that is not a linear lora_A; with ``prior="declared"`` one whose prior is no plain Normal.
 
-    Source: Coscia, Löwe & Welling 2026 (arXiv 2605.08110); Kingma et al. 2015 (variational dropout).
+    Source: Coscia et al. 2026 (arXiv 2605.08110); Kingma et al. 2015 (variational dropout).
     """
 
     card = Card("A, for each input: one scale a layer", "1 a step (backbone: 1 frozen more)", "S")
@@ -156,9 +156,6 @@ class InputAdaptive(Guide):
     def post_fit(self, program: PyroLoRA, data: Dataset) -> None:
         # The last batch's graph would be kept alive, and cannot be copied.
         self._seen, self._factors = None, {}
-
-    def passes(self, num_draws: int, num_outputs: int) -> int:
-        return super().passes(num_draws, num_outputs) + (self.features == "backbone" and num_draws > 0)
 
     def describe_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """α of every layer, ``{"<site>.alpha": (b, layers)}``."""

@@ -14,7 +14,7 @@ from pyrolora.program import PyroLoRA
 
 
 class SGLD(Samples):
-    """Points from ``p(θ | y)^{1/β}``: steps of SGD on ``U = −L_β / N`` with noise, under a cyclical learning rate.
+    """Points from ``p(y | θ)^{1/β} p(θ)``: steps of SGD on ``U = −L_β / N`` with noise, under a cyclical learning rate.
 
     ``v ← μ v − η ∇U + n``, ``θ ← θ + v``, ``n ~ N(0, 2 (1 − μ) β η / N)``: at momentum μ = 0 Langevin dynamics with
     time step ``η / N``, otherwise SGHMC. In each cycle ``η`` falls from ``step_size`` to 0 as a cosine; the first part

@@ -16,7 +16,11 @@ from torch.distributions import ReshapeTransform, kl_divergence
 
 from pyrolora.adapters.noise import Change, changed_outputs
 from pyrolora.guides.base import Guide, key, matches, unconstrained
+from pyrolora.guides.dropout import Dropout
+from pyrolora.guides.ensemble import Ensemble
 from pyrolora.guides.features import frozen_features
+from pyrolora.guides.input_adaptive import InputAdaptive
+from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.elbo import TemperedELBO
@@ -29,7 +33,7 @@ from pyrolora.priors.hierarchical import ARD, Hierarchical
 from pyrolora.priors.normal import Normal
 from pyrolora.program import Batch, Latent, PyroLoRA
 from tests.contracts import test_guides as contract
-from tests.programs import LinearModel, linear_gaussian, sentence_task, tiny_program
+from tests.programs import LinearModel, linear_gaussian, lora, sentence_task, tiny_program
 
 MIXED: dict[str, Prior] = {
     "lora.query.B": ARD(0.1),
@@ -392,3 +396,19 @@ def test_hooks_and_second_stage_are_optional() -> None:
     guide.post_fit(program, program.task.train)
     assert guide.augmented(program) is program and guide.natural_parameters(program, 4) is None
     assert all(torch.equal(p, state[name]) for name, p in guide.named_parameters())
+
+
+def test_what_averages() -> None:
+    """Law: a point estimate's prediction averages over nothing; draws, noise of each input, masks, members do."""
+    expected = {
+        MAP(): False,
+        Ensemble(MAP(), size=1): False,
+        Ensemble(MAP(), size=2): True,
+        MeanField(): True,
+        InputAdaptive(): True,
+        Laplace(): False,  # MAP before it has its curvature
+        Dropout(): True,
+    }
+    for guide, averages in expected.items():
+        guide.bind(tiny_program(adapter=lora(lora_dropout=0.1)))
+        assert guide.averages == averages, guide
