@@ -58,8 +58,6 @@ def join(folders: list[Path], *, output: Path = Path("runs/ensemble")) -> None:
     machines as you like.
 
     Example:
-      pyrolora fit models/minilm-commonsense.yaml --seed 0 --output runs/0
-      pyrolora fit models/minilm-commonsense.yaml --seed 1 --output runs/1
       pyrolora join runs/0 runs/1 --output runs/ensemble
 
     Args:
