@@ -100,9 +100,8 @@ def _numbers(program: PyroLoRA, guide: Guide) -> tuple[int, int]:
 def _reference(guide: type) -> str:
     """The first source that the documentation of a class names, or ``-``."""
     text = " ".join((inspect.getdoc(guide) or "").partition("Source: ")[2].split())
-    # The dot of "et al." ends no sentence.
-    first = re.split(r"[;,]|\.(?:\s|$)", text.replace("et al. ", "et al.\0"))[0]
-    return first.replace("\0", " ") or "-"
+    found = re.match(r".*?(19|20)\d\d( \([^)]*\))?", text)
+    return found[0] if found else "-"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
