@@ -58,8 +58,6 @@ def join(folders: list[Path], *, output: Path = Path("runs/ensemble")) -> None:
     machines as you like.
 
     Example:
-      pyrolora fit models/minilm-commonsense.yaml --seed 0 --output runs/0
-      pyrolora fit models/minilm-commonsense.yaml --seed 1 --output runs/1
       pyrolora join runs/0 runs/1 --output runs/ensemble
 
     Args:
@@ -102,9 +100,8 @@ def _numbers(program: PyroLoRA, guide: Guide) -> tuple[int, int]:
 def _reference(guide: type) -> str:
     """The first source that the documentation of a class names, or ``-``."""
     text = " ".join((inspect.getdoc(guide) or "").partition("Source: ")[2].split())
-    # The dot of "et al." ends no sentence.
-    first = re.split(r"[;,]|\.(?:\s|$)", text.replace("et al. ", "et al.\0"))[0]
-    return first.replace("\0", " ") or "-"
+    found = re.match(r".*?(19|20)\d\d( \([^)]*\))?", text)
+    return found[0] if found else "-"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
