@@ -33,7 +33,6 @@ VARIANTS = (
     {
         "Ensemble, one": {"guide": guides.MeanField(), "size": 1},
         "Ensemble, of posteriors": {"guide": [guides.MeanField(), guides.Inducing()]},
-        "Ensemble, with local variables": {"guide": [guides.InputAdaptive(), guides.MAP()]},
     }
     | {
         f"Inducing, factors, {q}": {"structure": "factors", "random": "lora.*", "posterior": q}
@@ -237,10 +236,6 @@ def test_pyros_own_svi_takes_it(guide: Guide, elbo: type) -> None:
     program = serving(guide)
     guide.bind(program)
     batch = program.task.collate(list(sentence_task().train))
-    if any(part.local_sites() for part in guide.parts()):
-        with pytest.raises(ValueError, match=r"pyrolora\.fit trains them one after another"):
-            guide.augmented(program)
-        return
     with isolated(0):
         svi = SVI(guide.augmented(program), guide, Adam({"lr": 0.02}), loss=elbo())
         losses = [svi.step(batch) for _ in range(30)]

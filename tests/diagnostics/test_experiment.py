@@ -50,9 +50,7 @@ def test_plain_lora_is_first(recipe: Path) -> None:
     one = Recipe.read(recipe)
     assert names(one, guides=("MeanField", "MAP", "MeanField")) == ["LoRA", "MeanField", "MAP"]
     assert names(one, guides=("MAP", "LoRA")) == ["LoRA", "MAP"]
-    with pytest.raises(
-        RecipeError, match=r"'Meanfield'; there are LoRA, MAP, Inducing, InputAdaptive, Laplace, MeanField"
-    ):
+    with pytest.raises(RecipeError, match=r"'Meanfield'; there are LoRA, MAP, NUTS, SGLD"):
         names(one, guides=("Meanfield",))
     with pytest.raises(RecipeError, match="nothing to compare"):
         names()
@@ -113,7 +111,8 @@ def test_results_have_the_form_of_the_report(finished: tuple[Path, dict[str, Any
     """Law: what is returned is what results.json holds, and the report renders every method, split and prior of it."""
     output, results = finished
     assert json.loads((output / "results.json").read_text()) == results
-    assert {"title", "task", "settings", "cells", "format", "baseline", "contrasts", "examples"} == results.keys()
+    keys = {"title", "task", "settings", "cells", "format", "baseline", "contrasts", "examples", "heatmaps"}
+    assert keys == results.keys()
     for cell in results["cells"]:
         assert cell["cost"].keys() == {"fit_seconds", "fit_memory", "predict_seconds", "parameters", "passes"}
         assert cell["description"] and cell["cost"]["fit_seconds"] > 0
@@ -222,7 +221,7 @@ def test_stops_before_the_first_fit(tmp_path: Path, fits: list[str]) -> None:
     with pytest.raises(RecipeError, match="nothing would be fitted but plain LoRA"):
         run([Recipe.read(path)], [], seeds=[0], output=tmp_path / "out")
     path = write_recipe(tmp_path, guides={"MeanField": {"noise": "none"}})
-    with pytest.raises(RecipeError, match='noise is "weight" or "example"'):
+    with pytest.raises(RecipeError, match="noise is one of weight, example"):
         go(path, tmp_path / "out", METHODS)
     for split in ("validation", "test"):
         left = {name: value for name, value in arguments.items() if name != split}

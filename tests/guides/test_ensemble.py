@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from pyrolora.guides.base import Guide
 from pyrolora.guides.ensemble import Ensemble, restarted
 from pyrolora.guides.inducing import Inducing
+from pyrolora.guides.input_adaptive import InputAdaptive
 from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
@@ -82,6 +83,22 @@ def test_members_that_predict_otherwise_are_mixed_in_probability(tmp_path: Path)
     thirds = draws.reshape(3, len(draws) // 3, *draws.shape[1:]).mean(1)
     assert torch.allclose(thirds[0], own[0], atol=1e-6) and torch.allclose(thirds[1], own[1], atol=1e-6)
     assert not posterior.guide.joint_draws and not torch.allclose(thirds[2], own[1], atol=1e-4)
+
+
+def test_members_with_local_variables(tmp_path: Path) -> None:
+    """Law: fit trains them one by one, the prediction is the members' mean; Pyro's own SVI is refused in words."""
+    mixed = Ensemble([InputAdaptive(predictive="example"), MAP()])
+    whole = fit(tiny_program(), mixed, args=arguments(tmp_path))
+    assert isinstance(whole.guide, Ensemble) and whole.guide.averages
+    test = sentence_task().validation
+    assert test is not None
+    prediction = whole.predict(test, 4, seed=1)
+    assert prediction.draws is not None and prediction.num_draws == 4
+    last = Posterior(whole.program, whole.guide.parts()[1]).predict(test, 0)
+    torch.testing.assert_close(prediction.draws[2:].exp(), last.mean.expand(2, -1, -1), atol=1e-5, rtol=1e-4)
+    assert (prediction.draws[0] - prediction.draws[1]).abs().max() > 1e-4
+    with pytest.raises(ValueError, match=r"pyrolora\.fit trains them one after another"):
+        whole.guide.augmented(whole.program)
 
 
 def test_members_differ_in_start_and_in_the_order_of_data(tmp_path: Path) -> None:
