@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -78,8 +79,9 @@ def generate(
     with evaluating(program.model):
         for start in tqdm(range(0, len(ids), batch_size), desc="generate", delay=3, leave=False):
             rows = slice(start, start + batch_size)
-            batch = tokenizer.pad({"input_ids": ids[rows]}, padding_side="left", return_tensors="pt")
-            given, mask = (batch[name].to(program.device) for name in ("input_ids", "attention_mask"))
+            batch = [torch.tensor(row, device=program.device) for row in ids[rows]]
+            given = pad_sequence(batch, batch_first=True, padding_side="left")
+            mask = pad_sequence([torch.ones_like(row) for row in batch], batch_first=True, padding_side="left")
             written = [_write([_Reader(program, draw) for draw in group], given, mask, sampling) for group in groups]
             for i, prompt in enumerate(prompts[rows]):
                 own = ids[start + i]

@@ -67,7 +67,9 @@ class GeneratedText:
         """The words between white space; a token counts for each word that it has a part in."""
         ends = list(itertools.accumulate(len(piece) for piece in self.pieces))
         # The first bytes of a character add nothing yet; they belong to the character that comes.
-        spans = [(end - len(piece), max(end, end - len(piece) + 1)) for end, piece in zip(ends, self.pieces, strict=True)]
+        spans = [
+            (end - len(piece), max(end, end - len(piece) + 1)) for end, piece in zip(ends, self.pieces, strict=True)
+        ]
         found = []
         for match in re.finditer(r"\S+", self.text):
             start, end = match.span()
