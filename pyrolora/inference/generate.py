@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, takewhile
 from typing import Any, Literal, get_args
 
 import torch
@@ -170,8 +170,8 @@ def _draws(posterior: Posterior, num_draws: int, seed: int) -> list[dict[str, Te
         raise ValueError(f"num_draws is at least 0, not {num_draws}")
     if num_draws > 0 and guide.natural_parameters(program, num_draws, seed=seed) is not None:
         raise ValueError(
-            f"{type(guide).__name__} predicts by other means than draws of the weights (linearised, or with noise of each "
-            "pass), which write no coherent text; generate with its mean weights (draws: 0), or fit another guide"
+            f"{type(guide).__name__} predicts by other means than draws of the weights (linearised, or with noise of "
+            "each pass), which write no coherent text; generate with its mean weights (draws: 0), or fit another guide"
         )
     if num_draws == 0 or not guide.random_sites():
         return [{name: value for name, value in posterior.mean().items() if name in program.sites}]
@@ -191,8 +191,8 @@ def _check(posterior: Posterior, how: str, weights: str, temperature: float, max
     writes = hasattr(base, "can_generate") and base.can_generate() and not base.config.is_encoder_decoder
     if not writes or "past_key_values" not in inspect.signature(base.forward).parameters:
         raise ValueError(
-            f"{type(base).__name__} generates no text: that takes a causal language model with a KV cache, as the tasks "
-            "LanguageModeling and AnswerTokenChoice load it"
+            f"{type(base).__name__} generates no text: that takes a causal language model with a KV cache, as the "
+            "tasks LanguageModeling and AnswerTokenChoice load it"
         )
 
 
@@ -241,7 +241,8 @@ def _text(
     tokens = columns["tokens"].tolist()
     before: Any = tokenizer.decode(ids, skip_special_tokens=True)
     full: Any = tokenizer.decode([*ids, *tokens], skip_special_tokens=True)
-    offset = len(os.path.commonprefix([before, full]))
+    # Cleaning up may have changed white space where the two meet.
+    offset = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, full, strict=False)))
     ends = [0]
     for t in range(1, len(tokens)):
         so_far: Any = tokenizer.decode([*ids, *tokens[:t]], skip_special_tokens=True)
@@ -250,5 +251,5 @@ def _text(
         ends.append(min(max(end, ends[-1]), len(full) - offset))
     ends.append(len(full) - offset)
     text = full[offset:]
-    pieces = tuple(text[a:b] for a, b in zip(ends, ends[1:], strict=False))
+    pieces = tuple(text[a:b] for a, b in pairwise(ends))
     return GeneratedText(prompt=prompt, text=text, pieces=pieces, **columns)

@@ -36,7 +36,7 @@ class Word:
 class GeneratedText:
     """One generated text of T tokens, the end-of-text token included where it came. Uncertainties are in nats.
 
-    All numbers are of the distribution before the sampling temperature: ``p(w_t | w_<t) = Σ_s π_s(t) p(w_t | w_<t, θ_s)``.
+    All numbers are of the distribution before the sampling temperature, ``p(w_t | w_<t) = Σ_s π_s(t) p_s(w_t | w_<t)``.
 
     Attributes:
         prompt: What it continues.
@@ -149,8 +149,8 @@ class Generation:
     def __repr__(self) -> str:
         information = torch.cat([text.mutual_information for texts in self.texts for text in texts])
         return (
-            f"Generation({len(self)} prompts, {self.how} of {self.num_draws} draws; {len(information)} tokens, mean mutual "
-            f"information {information.mean():.4f} nats)"
+            f"Generation({len(self)} prompts, {self.how} of {self.num_draws} draws; {len(information)} tokens, mean "
+            f"mutual information {information.mean():.4f} nats)"
         )
 
 
