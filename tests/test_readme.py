@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import pyrolora.tasks
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.generate import generate
 from pyrolora.priors.base import checked
-from tests.programs import language_posterior, tiny_llama, tiny_program, tokenizer
+from tests.programs import MINILM, language_posterior, tiny_llama, tiny_program
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
@@ -52,13 +53,15 @@ def test_stock_peft_serves_mean_and_draws(monkeypatch: pytest.MonkeyPatch, tmp_p
     """Law: exported mean and draws, loaded side by side as the README does, write the posterior's own greedy texts."""
     posterior = language_posterior(MeanField(random="*"))
     tiny_llama().save_pretrained(tmp_path / "base")
-    tokenizer().save_pretrained(str(tmp_path / "base"))
+    # A BERT tokenizer would give token types too, and end the prompt with [SEP]; those of causal models do neither.
+    AutoTokenizer.from_pretrained(MINILM, model_input_names=["input_ids", "attention_mask"]).save_pretrained(
+        str(tmp_path / "base")
+    )
     posterior.export_peft(tmp_path / "adapters" / "mean")
     for s in range(2):
         posterior.export_peft(tmp_path / "adapters" / f"draw-{s}", draw=s)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    # A BERT tokenizer ends a prompt with [SEP]; those of causal models do not.
     block = next(block for block in BLOCKS if "load_adapter" in block)
     block = block.replace('("The cold stone"', '("[CLS] The cold stone", add_special_tokens=False')
     exec(compile(block.replace("do_sample", "pad_token_id=0, do_sample"), "README.md", "exec"), names)

@@ -78,14 +78,11 @@ def generate(
     texts: list[tuple[GeneratedText, ...]] = []
     with evaluating(program.model):
         for start in tqdm(range(0, len(ids), batch_size), desc="generate", delay=3, leave=False):
-            rows = slice(start, start + batch_size)
-            batch = [torch.tensor(row, device=program.device) for row in ids[rows]]
-            given = pad_sequence(batch, batch_first=True, padding_side="left")
-            mask = pad_sequence([torch.ones_like(row) for row in batch], batch_first=True, padding_side="left")
+            given, mask = _padded(ids[start : start + batch_size], program.device)
             written = [_write([_Reader(program, draw) for draw in group], given, mask, sampling) for group in groups]
-            for i, prompt in enumerate(prompts[rows]):
-                own = ids[start + i]
-                texts.append(tuple(_text(prompt, own, {k: v[i] for k, v in w.items()}, tokenizer) for w in written))
+            for i in range(len(given)):
+                rows = [{name: values[i] for name, values in columns.items()} for columns in written]
+                texts.append(tuple(_text(prompts[start + i], ids[start + i], row, tokenizer) for row in rows))
     return Generation(tuple(texts), how=how, weights=weights, num_draws=len(draws))
 
 
@@ -120,6 +117,14 @@ class _Reader:
             output = self._program.model(**inputs, past_key_values=self._cache, use_cache=True)
         self._cache = output.past_key_values
         return output.logits[:, -1].float().log_softmax(-1)
+
+
+def _padded(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens and mask, ``(b, t)``, padded on the left: what is new stands last in every row."""
+    rows = [torch.tensor(row, device=device) for row in ids]
+    ones = [torch.ones_like(row) for row in rows]
+    tokens, mask = (pad_sequence(part, batch_first=True, padding_side="left") for part in (rows, ones))
+    return tokens, mask
 
 
 def _write(readers: Sequence[_Reader], tokens: Tensor, mask: Tensor, sampling: _Sampling) -> dict[str, list[Tensor]]:
