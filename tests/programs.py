@@ -22,6 +22,7 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -124,17 +125,18 @@ def tiny_llama() -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def language_posterior(guide: Guide, *, noise: float = 0.6) -> Posterior:
-    """A posterior over a tiny Llama without training: as bound, moved off its start so that draws differ."""
+def language_posterior(guide: Guide, base: PreTrainedModel | None = None, **adapter: object) -> Posterior:
+    """A posterior over a tiny Llama, or another base, without training: moved off its start so that draws differ."""
     texts = ["the cold stone lies in a warm house", "while dark water runs", "the river in the dark"]
     task = LanguageModeling(tokenizer(), train=datasets.Dataset.from_dict({"text": texts}), max_length=8)
-    config = lora(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    config = lora(**{"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **adapter})
+    priors = {name: PRIORS[name] for name in ("*.A", "*.B")}
     with isolated(0):
-        program = PyroLoRA(tiny_llama(), config, priors={name: PRIORS[name] for name in ("*.A", "*.B")}, task=task)
+        program = PyroLoRA(base or tiny_llama(), config, priors=priors, task=task)
         guide.bind(program)
         with torch.no_grad():
             for parameter in guide.parameters():
-                parameter.add_(noise * torch.randn_like(parameter))
+                parameter.add_(0.6 * torch.randn_like(parameter))
     return Posterior(program, guide)
 
 

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pyrolora.diagnostics.language import mixture
 from pyrolora.guides.input_adaptive import InputAdaptive
@@ -116,6 +117,18 @@ def test_prompts_do_not_see_each_other(posterior: Posterior, how: str) -> None:
             assert torch.equal(text.tokens, alone.tokens)
             torch.testing.assert_close(text.entropy, alone.entropy, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(text.log_prob, alone.log_prob, atol=1e-4, rtol=1e-4)
+
+
+def test_absolute_positions() -> None:
+    """Law: a model with absolute positions counts them from each prompt's first token, not from the padding."""
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2}
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer()), initializer_range=0.5, **sizes))
+    posterior = language_posterior(MeanField(random="*"), base, target_modules=["c_attn"], fan_in_fan_out=True)
+    together = generate(posterior, PROMPTS, num_draws=2, max_new_tokens=5)
+    for prompt, texts in zip(PROMPTS, together, strict=True):
+        alone = generate(posterior, prompt, num_draws=2, max_new_tokens=5).texts[0][0]
+        assert torch.equal(texts[0].tokens, alone.tokens)
+        torch.testing.assert_close(texts[0].entropy, alone.entropy, atol=1e-4, rtol=1e-4)
 
 
 def test_seeds(posterior: Posterior) -> None:
