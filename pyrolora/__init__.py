@@ -7,6 +7,8 @@ from pyrolora.diagnostics.compare import Comparison, compare
 from pyrolora.diagnostics.diagnose import Diagnosis, diagnose
 from pyrolora.diagnostics.temperature import calibrate
 from pyrolora.inference.fit import default_arguments, fit
+from pyrolora.inference.generate import generate
+from pyrolora.inference.generation import Generation
 from pyrolora.inference.join import join
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.prediction import Prediction
@@ -19,6 +21,7 @@ pyro.settings.set(module_local_params=True)
 __all__ = [
     "Comparison",
     "Diagnosis",
+    "Generation",
     "Posterior",
     "Prediction",
     "PyroLoRA",
@@ -28,6 +31,7 @@ __all__ = [
     "default_arguments",
     "diagnose",
     "fit",
+    "generate",
     "guides",
     "join",
     "likelihoods",

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 
 from pyrolora.commands.comparing import compare, report
 from pyrolora.commands.fitting import fit, sites
+from pyrolora.commands.generating import generate
 from pyrolora.commands.judging import diagnose, evaluate
 from pyrolora.commands.methods import calibrate, join, methods
 from pyrolora.commands.using import export, predict
@@ -40,7 +41,8 @@ A first session:
 More about each command, with examples: pyrolora COMMAND --help
 """
 COMMANDS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (sites, methods, fit, join, calibrate, evaluate, diagnose, compare, predict, export, report)
+    f.__name__: f
+    for f in (sites, methods, fit, join, calibrate, evaluate, diagnose, compare, predict, generate, export, report)
 }
 # Spelt as flags usually are: several names after one --guides, nothing after --resume.
 FLAGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -51,6 +53,11 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "diagnose": {
         f"--{name}": {"nargs": "+", "type": Path, "default": [], "metavar": "FOLDER"} for name in ("runs", "against")
+    },
+    "generate": {
+        "--prompt": {"action": "append", "default": [], "metavar": "TEXT"},
+        "--max-new-tokens": {"type": int, "default": 40, "metavar": "T"},
+        "--levels": {"nargs": 2, "type": float, "default": [0.1, 0.3], "metavar": "NATS"},
     },
     **{name: {"folders": {"nargs": "+", "type": Path, "metavar": "FOLDER"}} for name in ("join", "report")},
     "fit": {"--resume": {"action": "store_true"}},

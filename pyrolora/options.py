@@ -34,10 +34,10 @@ def build_parser(
         text = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0]
         command = ArgumentParser(description=text, **common)
         own = flags.get(name, {})
-        skip: set[str | int] = {flag.lstrip("-") for flag in own}
+        skip: set[str | int] = {_argument(flag) for flag in own}
         command.add_function_arguments(function, as_group=False, as_positional=True, skip=skip)
         for flag, spelling in own.items():
-            command.add_argument(flag, **spelling, help=_help(function, flag.lstrip("-")))
+            command.add_argument(flag, **spelling, help=_help(function, _argument(flag)))
         command.epilog = epilogs.get(name)
         subcommands.add_subcommand(name, command, help=text.partition("\n")[0])
         command.prog = f"pyrolora {name}"
@@ -58,6 +58,11 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         text = action.help or ""
         silent = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
         return text if silent or not action.option_strings else f"{text} (default: %(default)s)"
+
+
+def _argument(flag: str) -> str:
+    """The argument that a flag is of: ``--max-new-tokens`` of ``max_new_tokens``."""
+    return flag.lstrip("-").replace("-", "_")
 
 
 def _help(function: Callable[..., None], name: str) -> str:

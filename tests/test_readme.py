@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import pyrolora.tasks
+from pyrolora.guides.mean_field import MeanField
+from pyrolora.inference.generate import generate
 from pyrolora.priors.base import checked
-from tests.programs import tiny_program
+from tests.programs import MINILM, language_posterior, tiny_llama, tiny_program
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
@@ -44,6 +47,30 @@ def test_the_readmes_own_prior_works() -> None:
     assert "lora.query.A.scale" in program.latents
     fn = checked(names["shared_scale"], program.sites["lora.query.A"])
     assert torch.isfinite(fn.log_prob(fn.sample())).all()
+
+
+def test_stock_peft_serves_mean_and_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Law: exported mean and draws, loaded side by side as the README does, write the posterior's own greedy texts."""
+    posterior = language_posterior(MeanField(random="*"))
+    tiny_llama().save_pretrained(tmp_path / "base")
+    # A BERT tokenizer would give token types too, and end the prompt with [SEP]; those of causal models do neither.
+    AutoTokenizer.from_pretrained(MINILM, model_input_names=["input_ids", "attention_mask"]).save_pretrained(
+        str(tmp_path / "base")
+    )
+    posterior.export_peft(tmp_path / "adapters" / "mean")
+    for s in range(2):
+        posterior.export_peft(tmp_path / "adapters" / f"draw-{s}", draw=s)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    block = next(block for block in BLOCKS if "load_adapter" in block)
+    block = block.replace('("The cold stone"', '("[CLS] The cold stone", add_special_tokens=False')
+    exec(compile(block.replace("do_sample", "pad_token_id=0, do_sample"), "README.md", "exec"), names)
+    options: dict = {"max_new_tokens": 8, "temperature": 0}
+    mean = generate(posterior, "The cold stone", num_draws=0, **options).texts[0]
+    draws = generate(posterior, "The cold stone", num_draws=2, how="draws", **options).texts[0]
+    expected = {"mean": mean[0], "draw-0": draws[0], "draw-1": draws[1]}
+    assert names["answers"] == {name: "the cold stone" + text.text for name, text in expected.items()}
+    assert len(set(names["answers"].values())) > 1
 
 
 def test_its_picture_is_there() -> None:

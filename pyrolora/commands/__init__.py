@@ -2,6 +2,7 @@
 
 from pyrolora.commands.comparing import compare, report
 from pyrolora.commands.fitting import fit, sites
+from pyrolora.commands.generating import generate
 from pyrolora.commands.judging import diagnose, evaluate
 from pyrolora.commands.methods import calibrate, join, methods
 from pyrolora.commands.using import export, predict
@@ -13,6 +14,7 @@ __all__ = [
     "evaluate",
     "export",
     "fit",
+    "generate",
     "join",
     "methods",
     "predict",

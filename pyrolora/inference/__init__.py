@@ -3,6 +3,8 @@
 from pyrolora.inference.archive import ArchiveError
 from pyrolora.inference.elbo import Objective, TemperedELBO
 from pyrolora.inference.fit import default_arguments, fit
+from pyrolora.inference.generate import generate
+from pyrolora.inference.generation import GeneratedText, Generation
 from pyrolora.inference.join import join
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.prediction import Prediction
@@ -11,6 +13,8 @@ from pyrolora.inference.trainer import ELBOTrainer, NonFiniteError
 __all__ = [
     "ArchiveError",
     "ELBOTrainer",
+    "GeneratedText",
+    "Generation",
     "NonFiniteError",
     "Objective",
     "Posterior",
@@ -18,5 +22,6 @@ __all__ = [
     "TemperedELBO",
     "default_arguments",
     "fit",
+    "generate",
     "join",
 ]
