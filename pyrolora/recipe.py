@@ -249,8 +249,11 @@ class Recipe:
                 raise RecipeError(f"{where}: {name} is given at the command line, as {_NOT_TRAINING[name]}")
             if isinstance(value, str) and isinstance(getattr(default, name), int | float):
                 raise RecipeError(f"{where}: {name} is a number, not {value!r}")
+        # The default has resolved transformers' older name of this option to the newer one already, which would win.
+        newer = {name.replace("gradient_checkpointing", "activation_checkpointing"): v for name, v in self.training.items()}
+        given = {**{name: v for name, v in newer.items() if name in known}, **self.training}
         try:
-            return dataclasses.replace(default, **self.training)
+            return dataclasses.replace(default, **given)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"{where}: {error}") from error
 

@@ -143,6 +143,7 @@ def test_a_recipe_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     task = recipe.build_task()
     program = recipe.build_program(task)
     assert task.test is not None and len(program.sites) >= 2
+    checkpointed = recipe.training.get("gradient_checkpointing", False)
     for name in ("MAP", "Inducing" if "inducing" in path.stem else "MeanField"):
         chosen = recipe.adjusted(name, {}, {"max_steps": 1, "per_device_train_batch_size": 2, "warmup_steps": 0}, None)
         guide = chosen.build_guide(name)
@@ -150,6 +151,7 @@ def test_a_recipe_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         posterior = fit(program, guide, args=arguments, temperature=chosen.temperature_of(name))
         guide.bind(program)
         assert moved(posterior.guide, guide)
+        assert program._is_checkpointing() == checkpointed
         assert bool(guide.random_sites()) == (name != "MAP")
         nats = posterior.log_likelihood(task.test.select(range(2)), 2)
         assert torch.isfinite(torch.as_tensor(nats)).all()

@@ -81,7 +81,7 @@ CASES = [
 def test_the_estimate_is_what_is_measured(
     name: str, guide: str, changes: dict[str, Any], checkpointing: bool, tmp_path: Path
 ) -> None:
-    """Law: of a real step and a real prediction the allocator measures the estimated peak, within 15 %."""
+    """Law: of a real step and a real prediction the allocator measures the estimated peak, within 20 %."""
     recipe, _ = prepared(name, tmp_path, **changes)
     rows, length, draws = 4, 64, 4
     found = estimate(
@@ -106,7 +106,7 @@ def test_the_estimate_is_what_is_measured(
     print(f"{name} {guide} fit: {sum(parts.values()) / measured(step):.3f}")
     assert fixed[0] == sum(p.numel() * p.element_size() for n, p in program.model.named_parameters() if "lora_" not in n and "modules_to_save" not in n)
     assert 2 * fixed[1] == fixed[2] == 8 * sum(p.numel() for p in own.parameters())
-    assert sum(parts.values()) == pytest.approx(measured(step), rel=0.15)
+    assert sum(parts.values()) == pytest.approx(measured(step), rel=0.2)
 
     function = log_likelihood(program) if isinstance(program.likelihood, NextToken) else log_probabilities(program)
 
@@ -125,4 +125,88 @@ def test_the_estimate_is_what_is_measured(
     for part in ("base weights", "trained parameters"):
         parts.pop(part)
     print(f"{name} {guide} predict: {sum(parts.values()) / expected:.3f}")
-    assert sum(parts.values()) == pytest.approx(expected, rel=0.15)
+    assert sum(parts.values()) == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize("name", [name for name in guides.__all__ if name not in ("Guide", "NUTS")])
+def test_every_guide_has_an_estimate(name: str, tmp_path: Path) -> None:
+    """Law: every guide's parameters are counted; a part is empty only where the guide has a stage of its own."""
+    options = {"guides": {"Ensemble": {"guide": "MeanField", "size": 3}}}
+    recipe, _ = prepared("minilm-commonsense", tmp_path, **options)
+    adapter = {**recipe.adapter, "lora_dropout": 0.1}  # type: ignore[dict-item]
+    recipe = dataclasses.replace(recipe, adapter=adapter, priors={"*": {"class_path": "Normal", "init_args": {"scale": 0.1}}})
+    found = estimate(recipe, name, config=tmp_path, batch_size=2, length=8, draws=2)
+    guide = recipe.build_guide(name)
+    guide.bind(meta_program(recipe, tmp_path))
+    assert found.parameters[name] == sum(p.numel() for p in guide.parameters())
+    own_stage = {"Laplace", "SWAG", "TFB", "Checkpoints", "SGLD"}
+    assert found.fit or not guide.optimise
+    assert found.predict or name in own_stage
+
+
+def test_more_rows_longer_rows_more_draws_take_more(tmp_path: Path) -> None:
+    """Law: activations grow in proportion to rows, checkpointing takes most of them away, draws take their own size."""
+    recipe, _ = prepared("llama-2-7b-openbookqa", tmp_path)
+    kept = "activations kept for the backward pass"
+    options: dict[str, Any] = {"config": tmp_path, "batch_size": 4, "length": 32, "draws": 2}
+    one = estimate(recipe, "MeanField", **options)
+    two = estimate(recipe, "MeanField", **{**options, "batch_size": 8})
+    less = estimate(recipe, "MeanField", **{**options, "batch_size": 8}, checkpointing=True)
+    more = estimate(recipe, "MeanField", **{**options, "draws": 6})
+    weights = sum(site.shape.numel() for site in meta_program(recipe, tmp_path).sites.values() if site.role == "A")
+    assert 1.6 < two.fit[kept] / one.fit[kept] < 2
+    assert less.fit[kept] < 0.6 * two.fit[kept]
+    assert more.predict["draws"] - one.predict["draws"] >= 4 * 4 * weights
+    assert "GiB" in str(one) and "in all" in str(one)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [{"load_in_8bit": True}, {"load_in_4bit": True}, {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}],
+)
+def test_quantised_weights(quantization: dict[str, bool], tmp_path: Path) -> None:
+    """Law: the bytes of a quantised base are those of what bitsandbytes makes of it, within a percent."""
+    pytest.importorskip("bitsandbytes")
+    config = shrunk(PUBLISHED["meta-llama/Llama-2-7b-hf"], 500, **{**WIDE, "hidden_size": 256, "head_dim": 64})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**quantization)
+    )
+    real = 0
+    for parameter in loaded.parameters():
+        real += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        for part in [] if state is None else [state, state.state2]:
+            real += 0 if part is None else part.absmax.numel() * part.absmax.element_size()
+        scales = getattr(parameter, "SCB", None)
+        real += 0 if scales is None else scales.numel() * scales.element_size()
+    meta = model.to("meta")
+    found, widest = base_bytes(meta, dict(meta.named_parameters()), quantization)
+    assert found == pytest.approx(real, rel=0.01)
+    assert widest == 2 * 256 * 384
+    assert base_bytes(meta, dict(meta.named_parameters()), {}) == (sum(2 * p.numel() for p in meta.parameters()), 0)
+
+
+def test_only_what_is_alive_counts() -> None:
+    """Law: new storage counts once while it lives; views, given tensors and what has gone do not."""
+    given = torch.zeros(8, device="meta")
+    with Live([given]) as live:
+        view = given[2:]
+        first = given + 1
+        second = first * 2
+        del first
+        third = view + second[2:]
+    assert live.now == 4 * (8 + 6) and live.peak == 4 * (8 + 8)
+    del third
+    assert live.now == 4 * 8
+    assert second.numel() == 8
+
+
+def test_what_cannot_be_estimated(tmp_path: Path) -> None:
+    """Law: without a configuration the message says how to give one; a guide that does not fit is named."""
+    recipe = Recipe.read(MODELS / "gpt2-wikitext2.yaml")
+    with pytest.raises(RecipeError, match=r"gpt2-wikitext2\.yaml: no configuration in .*--config PATH"):
+        estimate(recipe, "MAP", config=tmp_path / "none")
+    with pytest.raises(RecipeError, match=r"gpt2-wikitext2\.yaml: Dropout: .*lora_dropout"):
+        estimate(*prepared("gpt2-wikitext2", tmp_path)[:1], "Dropout", config=tmp_path)
