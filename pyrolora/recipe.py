@@ -250,7 +250,9 @@ class Recipe:
             if isinstance(value, str) and isinstance(getattr(default, name), int | float):
                 raise RecipeError(f"{where}: {name} is a number, not {value!r}")
         # The default has resolved transformers' older name of this option to the newer one already, which would win.
-        newer = {name.replace("gradient_checkpointing", "activation_checkpointing"): v for name, v in self.training.items()}
+        newer = {
+            name.replace("gradient_checkpointing", "activation_checkpointing"): v for name, v in self.training.items()
+        }
         given = {**{name: v for name, v in newer.items() if name in known}, **self.training}
         try:
             return dataclasses.replace(default, **given)

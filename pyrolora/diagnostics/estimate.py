@@ -64,7 +64,7 @@ class Estimate:
         title: What was estimated.
         parameters: Numbers of parameters: of the base model, of plain LoRA, of the guide.
         fit: Part to bytes; empty where the guide has no training by gradients.
-        predict: Part to bytes; empty where predictions need what the guide does after its training.
+        predict: Part to bytes; empty where predictions need what the guide gathers in or after its training.
     """
 
     title: str
@@ -155,20 +155,23 @@ def estimate(
         raise RecipeError(f"{recipe.path}: {guide}: {error}") from error
     plain = sum(site.shape.numel() for site in program.sites.values())
     trained = sum(p.numel() for p in chosen.parameters())
-    for module in (program.model, chosen):
-        module.to("meta")
+    program.model.to("meta")
+    # Counters and flags are looked at by the guides themselves, and keep their values.
+    chosen._apply(lambda tensor: tensor if tensor.dim() == 0 else tensor.to("meta"))
     declared = any(getattr(arguments, name, False) for name in CHECKPOINTING)
     if declared if checkpointing is None else checkpointing:
         program.enable_activation_checkpointing()
     title = f"{recipe.path.name}, {guide}: {rows} × {length} tokens in training, {draws} draws in prediction"
     parameters = {"base model": sum(p.numel() for p in own.values()), "plain LoRA": plain, guide: trained}
-    fixed = {"base weights": weights, "trained parameters": _bytes(chosen.parameters())}
+    own_bytes = _bytes([*chosen.parameters(), *chosen.buffers()])
+    fixed = {"base weights": weights, "guide's parameters and buffers": own_bytes}
     make = batches(program, recipe, length)
     # The members of an ensemble are trained one after another.
     part = next(iter(chosen.parts()), chosen)
     fit = {**fixed, **training(program, part, make(rows), widest)} if part.optimise else {}
-    second_stage = type(part).post_fit is not Guide.post_fit
-    predict = {} if second_stage else {**fixed, **prediction(program, chosen, make(batch_size or 32), draws, widest)}
+    kind = type(part)
+    later = kind.post_fit is not Guide.post_fit or kind.after_step is not Guide.after_step
+    predict = {} if later else {**fixed, **prediction(program, chosen, make(batch_size or 32), draws, widest)}
     return Estimate(title, parameters, fit, predict)
 
 

@@ -49,7 +49,9 @@ def measured(work: Callable[[], Any]) -> int:
 def real(recipe: Recipe, folder: Path, rows: int, length: int) -> tuple[PyroLoRA, dict[str, Tensor]]:
     """The same program with contents, on the CPU, with torch's own attention."""
     program = meta_program(recipe, folder)
-    batch = {name: torch.zeros_like(value, device="cpu") for name, value in batches(program, recipe, length)(rows).items()}
+    batch = {
+        name: torch.zeros_like(value, device="cpu") for name, value in batches(program, recipe, length)(rows).items()
+    }
     batch["attention_mask"] += 1
     batch["attention_mask"][0, 0] = 0  # rows of different lengths, as in any real batch
     batch["input_ids"] += 5
@@ -102,12 +104,15 @@ def test_the_estimate_is_what_is_measured(
 
     step()
     parts = dict(found.fit)
-    fixed = [parts.pop(part) for part in ("base weights", "trained parameters", "Adam's two moments")]
+    fixed = [parts.pop(part) for part in ("base weights", "guide's parameters and buffers", "Adam's two moments")]
     print(f"{name} {guide} fit: {sum(parts.values()) / measured(step):.3f}")
-    assert fixed[0] == sum(p.numel() * p.element_size() for n, p in program.model.named_parameters() if "lora_" not in n and "modules_to_save" not in n)
-    assert 2 * fixed[1] == fixed[2] == 8 * sum(p.numel() for p in own.parameters())
+    base = [p for n, p in program.model.named_parameters() if "lora_" not in n and "modules_to_save" not in n]
+    assert fixed[0] == sum(p.numel() * p.element_size() for p in base)
+    assert fixed[1] >= 4 * sum(p.numel() for p in own.parameters()) == fixed[2] // 2
     assert sum(parts.values()) == pytest.approx(measured(step), rel=0.2)
 
+    if not found.predict:
+        return
     function = log_likelihood(program) if isinstance(program.likelihood, NextToken) else log_probabilities(program)
 
     def predict() -> None:
@@ -122,7 +127,7 @@ def test_the_estimate_is_what_is_measured(
         predict()
         expected = measured(predict)
     parts = dict(found.predict)
-    for part in ("base weights", "trained parameters"):
+    for part in ("base weights", "guide's parameters and buffers"):
         parts.pop(part)
     print(f"{name} {guide} predict: {sum(parts.values()) / expected:.3f}")
     assert sum(parts.values()) == pytest.approx(expected, rel=0.2)
@@ -134,12 +139,14 @@ def test_every_guide_has_an_estimate(name: str, tmp_path: Path) -> None:
     options = {"guides": {"Ensemble": {"guide": "MeanField", "size": 3}}}
     recipe, _ = prepared("minilm-commonsense", tmp_path, **options)
     adapter = {**recipe.adapter, "lora_dropout": 0.1}  # type: ignore[dict-item]
-    recipe = dataclasses.replace(recipe, adapter=adapter, priors={"*": {"class_path": "Normal", "init_args": {"scale": 0.1}}})
+    recipe = dataclasses.replace(
+        recipe, adapter=adapter, priors={"*": {"class_path": "Normal", "init_args": {"scale": 0.1}}}
+    )
     found = estimate(recipe, name, config=tmp_path, batch_size=2, length=8, draws=2)
     guide = recipe.build_guide(name)
     guide.bind(meta_program(recipe, tmp_path))
     assert found.parameters[name] == sum(p.numel() for p in guide.parameters())
-    own_stage = {"Laplace", "SWAG", "TFB", "Checkpoints", "SGLD"}
+    own_stage = {"InputAdaptive", "Laplace", "SWAG", "TFB", "Checkpoints", "SGLD"}
     assert found.fit or not guide.optimise
     assert found.predict or name in own_stage
 
