@@ -21,8 +21,8 @@ class LanguageModeling(Task):
 
     Documents are tokenised, joined (separated by the special tokens that the tokenizer puts round a text, or else by
     its end-of-text token) and cut into blocks; one block is one example of N. Each row that is not blank (each line of
-    a .txt file) is a document. A block's ``text`` is its tokens, decoded; other columns end here, since a block can span
-    documents.
+    a .txt file) is a document. A block's ``text`` is its tokens, decoded; other columns end here, since a block can
+    span documents.
 
     With ``stride`` < ``max_length`` blocks overlap, and what an earlier block has scored serves as context only
     (label −100): every token but the very first is scored exactly once. Without it each block starts afresh and its
