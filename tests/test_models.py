@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from pyrolora.diagnostics.estimate import estimate
 from pyrolora.guides.base import Guide
 from pyrolora.inference.fit import fit
 from pyrolora.inference.randomness import isolated
@@ -171,5 +173,16 @@ def test_every_recipe_says_what_it_needs() -> None:
     for path in RECIPES:
         head = path.read_text(encoding="utf-8").partition("\nbase:")[0]
         assert "Needs: " in head, path
-        assert "Data: " in head or "embedded task" in head, path
-        assert f"models/{path.name}" in head, path
+        assert "Data: " in head or "embedded" in head, path
+
+
+@pytest.mark.parametrize("name", ["roberta-sst2", "gpt2-wikitext2"])
+def test_quoted_memory_is_computed(name: str, tmp_path: Path) -> None:
+    """Law: the memory in a recipe's comments is the estimate at the published size (the larger ones: see
+    benchmarks/recipe_memory.py)."""
+    path = next(path for path in RECIPES if path.stem == name)
+    recipe = Recipe.read(path)
+    PUBLISHED[recipe.base].save_pretrained(tmp_path)
+    found = estimate(recipe, "MeanField", config=tmp_path)
+    quoted = re.findall(r"([\d.]+) GiB", path.read_text(encoding="utf-8"))
+    assert quoted[:2] == [f"{sum(parts.values()) / 2**30:.1f}" for parts in (found.fit, found.predict)]
