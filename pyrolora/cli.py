@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 from pyrolora.commands.comparing import compare, report
+from pyrolora.commands.estimating import estimate
 from pyrolora.commands.fitting import fit, sites
 from pyrolora.commands.generating import generate
 from pyrolora.commands.judging import diagnose, evaluate
@@ -32,6 +33,7 @@ priors, task. A guide approximates its posterior.
 
 A first session:
   pyrolora sites models/minilm-commonsense.yaml
+  pyrolora estimate models/minilm-commonsense.yaml --guide MeanField
   pyrolora fit models/minilm-commonsense.yaml --guide MeanField --output runs/mf
   pyrolora evaluate runs/mf
   pyrolora diagnose runs/mf
@@ -42,7 +44,10 @@ More about each command, with examples: pyrolora COMMAND --help
 """
 COMMANDS: dict[str, Callable[..., None]] = {
     f.__name__: f
-    for f in (sites, methods, fit, join, calibrate, evaluate, diagnose, compare, predict, generate, export, report)
+    for f in (
+        *(sites, methods, estimate, fit, join, calibrate, evaluate),
+        *(diagnose, compare, predict, generate, export, report),
+    )
 }
 # Spelt as flags usually are: several names after one --guides, nothing after --resume.
 FLAGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -83,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
 def build_parser() -> ArgumentParser:
     """The parser of all commands."""
     guides = "guides, with their options:\n" + "\n".join(_guides())
-    epilogs = {name: guides for name in ("fit", "compare")}
+    epilogs = {name: guides for name in ("estimate", "fit", "compare")}
     return parser_of(COMMANDS, description=DESCRIPTION, flags=FLAGS, epilogs=epilogs)
 
 

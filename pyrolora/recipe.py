@@ -17,7 +17,13 @@ from typing import Any
 
 import yaml
 from peft import LoraConfig
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
 from pyrolora.guides.base import Guide
 from pyrolora.inference.fit import default_arguments
@@ -52,6 +58,7 @@ class Recipe:
         temperature: β of the objective: a number, or guide pattern to number, the first match wins and 1 without one:
             ``{MeanField: 0.1}``.
         dtype: Type of the base weights; by default the checkpoint's own.
+        quantization: Arguments of `transformers.BitsAndBytesConfig`, ``{load_in_4bit: true}``; by default none.
         path: The file, for messages. In the file, paths of base and splits are relative to its folder.
     """
 
@@ -63,10 +70,11 @@ class Recipe:
     guides: dict[str, dict[str, Any]] = field(default_factory=dict)
     temperature: float | dict[str, float] = 1.0
     dtype: str | None = None
+    quantization: dict[str, Any] = field(default_factory=dict)
     path: Path = Path("recipe.yaml")
 
     def __post_init__(self) -> None:
-        for name in ("adapter", "priors", "training", "guides"):
+        for name in ("adapter", "priors", "training", "guides", "quantization"):
             if not isinstance(getattr(self, name), Mapping) and not (
                 name == "adapter" and isinstance(self.adapter, str)
             ):
@@ -193,7 +201,17 @@ class Recipe:
     def load_base(self, task: Task, *, seed: int = 0) -> PreTrainedModel:
         """The base model, without adapters; a head that the checkpoint lacks is random, from this seed."""
         with isolated(seed), self._loading(""):
-            return task.load_base_model(self.base_path(), dtype=self.dtype)
+            return task.load_base_model(self.base_path(), dtype=self.dtype, quantization=self.build_quantization())
+
+    def build_quantization(self) -> BitsAndBytesConfig | None:
+        """How the base weights are quantised while they load; None where they are not."""
+        if not self.quantization:
+            return None
+        try:
+            return _call(BitsAndBytesConfig, self.quantization, where=f"{self.path}: quantization")
+        except ImportError as error:
+            needs = "quantization needs the Python package bitsandbytes: pip install 'pyrolora[quantization]'"
+            raise RecipeError(f"{self.path}: {needs}") from error
 
     def build_program(self, task: Task, *, seed: int = 0, flat: bool = False) -> PyroLoRA:
         """Loads the base model, injects the adapters and declares the priors.
@@ -231,8 +249,13 @@ class Recipe:
                 raise RecipeError(f"{where}: {name} is given at the command line, as {_NOT_TRAINING[name]}")
             if isinstance(value, str) and isinstance(getattr(default, name), int | float):
                 raise RecipeError(f"{where}: {name} is a number, not {value!r}")
+        # The default has resolved transformers' older name of this option to the newer one already, which would win.
+        newer = {
+            name.replace("gradient_checkpointing", "activation_checkpointing"): v for name, v in self.training.items()
+        }
+        given = {**{name: v for name, v in newer.items() if name in known}, **self.training}
         try:
-            return dataclasses.replace(default, **self.training)
+            return dataclasses.replace(default, **given)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"{where}: {error}") from error
 

@@ -23,7 +23,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("fitt RECIPE", "invalid choice: 'fitt' (choose from 'sites', 'methods', 'fit'"),
+        ("fitt RECIPE", "invalid choice: 'fitt' (choose from 'sites', 'methods', 'estimate'"),
         ("fit", "required: fit.recipe"),
         ("compare RECIPE --guides", "--guides: expected at least one argument"),
         ("fit RECIPE --sed 1", "unrecognized arguments: --sed"),

@@ -10,10 +10,12 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import TrainingArguments
 
 from pyrolora import recipe as module
 from pyrolora.adapters.checkpoint import export_adapter
 from pyrolora.guides.mean_field import MeanField
+from pyrolora.inference.fit import CHECKPOINTING
 from pyrolora.priors.flat import Flat
 from pyrolora.priors.normal import Normal
 from pyrolora.recipe import Recipe, RecipeError, classes, located
@@ -284,6 +286,28 @@ def test_what_is_given_goes_over_the_recipes_own(shared: Path) -> None:
     assert new.training == {**recipe.training, "max_steps": 7} and recipe.guides["MeanField"]["init_scale"] == 0.3
     same = recipe.adjusted("MAP", {}, {}, None)
     assert same.temperature == recipe.temperature and same.guides["MAP"] == {}
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_activation_checkpointing_has_two_names(shared: Path, name: str) -> None:
+    """Law: either name of transformers' option reaches the arguments of a fit."""
+    if name not in {f.name for f in dataclasses.fields(TrainingArguments)}:
+        pytest.skip("a transformers without this name")
+    chosen = changed(shared, training={name: True}).arguments(None, seed=0)
+    assert any(getattr(chosen, other, False) for other in CHECKPOINTING)
+    plain = changed(shared, training={name: False}).arguments(None, seed=0)
+    assert not any(getattr(plain, other, False) for other in CHECKPOINTING)
+
+
+def test_quantisation_is_read(shared: Path) -> None:
+    """Law: the recipe's quantisation reaches the loading of the base; a wrong argument is named."""
+    bnb = pytest.importorskip("bitsandbytes")
+    recipe = changed(shared, quantization={"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"})
+    kinds = {type(module) for module in recipe.load_base(recipe.build_task()).modules()}
+    assert bnb.nn.Linear4bit in kinds
+    assert changed(shared).build_quantization() is None
+    with pytest.raises(RecipeError, match="quantization: unknown argument 'bits'"):
+        changed(shared, quantization={"bits": 4}).build_quantization()
 
 
 def test_training_arguments(shared: Path, tmp_path: Path) -> None:

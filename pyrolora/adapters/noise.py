@@ -54,7 +54,8 @@ def bottleneck_noise(
             f"{where} sees {x.shape[0]} rows for {examples} examples, so nobody can tell whose row is whose; "
             'use noise="weight"'
         )
-    with torch.autocast(x.device.type, enabled=False):
+    # The meta device, on which memory is estimated, has no autocast.
+    with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         own = x.float()
         scale = scale.float()
         if kind == "local":

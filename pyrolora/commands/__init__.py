@@ -1,6 +1,7 @@
 """Commands: each a function whose signature is its options and whose docstring its help."""
 
 from pyrolora.commands.comparing import compare, report
+from pyrolora.commands.estimating import estimate
 from pyrolora.commands.fitting import fit, sites
 from pyrolora.commands.generating import generate
 from pyrolora.commands.judging import diagnose, evaluate
@@ -11,6 +12,7 @@ __all__ = [
     "calibrate",
     "compare",
     "diagnose",
+    "estimate",
     "evaluate",
     "export",
     "fit",

@@ -22,6 +22,9 @@ from pyrolora.program import PyroLoRA, evaluating
 
 logger = logging.getLogger("pyrolora")
 
+# Two names of one option in transformers 5.x.
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+
 
 def default_arguments(output_dir: str | Path | None = None, *, seed: int = 0) -> TrainingArguments:
     """The training arguments that `fit` uses where none are given: suited to hundreds of examples on a small model.
@@ -195,11 +198,10 @@ def _own(args: TrainingArguments, program: PyroLoRA) -> TrainingArguments:
     """A copy of the arguments, with what the program does itself taken over from the Trainer."""
     args = copy.copy(args)
     args.remove_unused_columns = False
-    # Two names of one option in transformers 5.x; the program's own kind puts the draw back on for the recomputation.
-    names = ("gradient_checkpointing", "activation_checkpointing")
-    if any(getattr(args, name, False) for name in names):
+    # The program's own kind puts the draw back on for the recomputation.
+    if any(getattr(args, name, False) for name in CHECKPOINTING):
         program.enable_activation_checkpointing()
-        for name in names:
+        for name in CHECKPOINTING:
             setattr(args, name, False)
     return args
 

@@ -54,8 +54,9 @@ class NextToken(Likelihood):
     def log_prob(self, logits: Tensor, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """``Σ_t log p(w_{t+1} | w_{≤t})`` over the tokens that count, in nats; shape (b,)."""
         labels = batch[self.site][:, 1:]
-        nats = -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        return torch.where(self.scored(batch), nats, 0.0).sum(-1)
+        # Tokens in one row each: with the vocabulary in the middle the kernel would copy all logits once more.
+        nats = -F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return torch.where(self.scored(batch), nats.view(labels.shape), 0.0).sum(-1)
 
     def tokens(self, batch: Batch) -> Tensor:
         """How many tokens of each text are scored: the divisor for nats per token and perplexity; shape (b,)."""

@@ -214,14 +214,19 @@ class Task(ABC):
         """The batch's labels as one tensor; int64 class indices unless a task says otherwise; shape (b,)."""
         return torch.tensor(labels, dtype=torch.int64)
 
-    def load_base_model(self, name_or_path: str, *, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
+    def load_base_model(
+        self, name_or_path: str, *, dtype: str | torch.dtype | None = None, quantization: Any = None
+    ) -> PreTrainedModel:
         """The base model with the head that the task needs.
 
         Args:
             name_or_path: a folder or a hub name.
             dtype: "float32", "bfloat16", ...; by default the checkpoint's own.
+            quantization: a ``transformers.BitsAndBytesConfig``, or another quantisation that PEFT can adapt.
         """
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        if quantization is not None:
+            options["quantization_config"] = quantization
         model = self.auto_class.from_pretrained(name_or_path, **options, **self.head_options())
         if model.config.get_text_config().pad_token_id is None:
             # Llama and GPT-2 classifiers find a text's last token by its padding, and refuse batches without this.

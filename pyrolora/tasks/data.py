@@ -6,6 +6,7 @@ happens to them, so that a bad row stops with its file and line, not with a shap
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -121,7 +122,7 @@ class Table:
 
 
 def read(source: Source, *, split: str, text_columns: Sequence[str] = ()) -> Table:
-    """Read one split.
+    """Read one split. Columns of a data set that have fields of their own become one a field: "choices.text".
 
     Args:
         source: a hub name, a local file, a :class:`DataSource` or a data set.
@@ -143,6 +144,8 @@ def read(source: Source, *, split: str, text_columns: Sequence[str] = ()) -> Tab
         table = _read_named(source, split, text_columns)
     if len(table) == 0:
         raise DataError(f"{table.origin}: the {split} split is empty.")
+    if isinstance(table.rows, datasets.Dataset):
+        table = dataclasses.replace(table, rows=table.rows.flatten())
     return table
 
 

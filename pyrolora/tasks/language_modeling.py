@@ -20,9 +20,9 @@ class LanguageModeling(Task):
     """The next token of running text, for causal language models.
 
     Documents are tokenised, joined (separated by the special tokens that the tokenizer puts round a text, or else by
-    its end-of-text token) and cut into blocks; one block is one example of N. Each line of a .txt file that is not
-    blank is a document. A block's ``text`` is its tokens, decoded; other columns end here, since a block can span
-    documents.
+    its end-of-text token) and cut into blocks; one block is one example of N. Each row that is not blank (each line of
+    a .txt file) is a document. A block's ``text`` is its tokens, decoded; other columns end here, since a block can
+    span documents.
 
     With ``stride`` < ``max_length`` blocks overlap, and what an earlier block has scored serves as context only
     (label −100): every token but the very first is scored exactly once. Without it each block starts afresh and its
@@ -91,8 +91,10 @@ class LanguageModeling(Task):
         """Nothing: text has no classes."""
 
     def content_problems(self, table: Table) -> Iterable[Problem]:
-        """Documents that are missing, empty, or not text."""
-        yield from text_problems(self.text, table.column(self.text))
+        """Documents that are missing or not text; blank ones, as between the paragraphs of a book, are left out."""
+        values = table.column(self.text)
+        blank = {row for row, value in enumerate(values) if isinstance(value, str) and not value.strip()}
+        yield from (problem for problem in text_problems(self.text, values) if problem[0] not in blank)
 
     def label_problems(self, table: Table) -> Iterable[Problem]:
         """None: the text is its own label."""
@@ -100,7 +102,8 @@ class LanguageModeling(Task):
 
     def encode(self, rows: Mapping[str, list[Any]]) -> tuple[dict[str, list[Any]], int]:
         """Join a split's documents and cut the blocks; nothing is lost, so that nothing counts as cut."""
-        stream = self._stream(rows[self.text])
+        documents = [text for text in rows[self.text] if text.strip()]
+        stream = self._stream(documents) if documents else np.empty(0, dtype=np.int64)
         if len(stream) < 2:
             raise DataError(f"a text of {len(stream)} token{'s' * (len(stream) != 1)} has no next token to predict.")
         stride = self.stride or self.max_length

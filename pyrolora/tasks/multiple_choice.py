@@ -23,13 +23,14 @@ LETTERS = tuple(string.ascii_uppercase)
 class MultipleChoice(Task):
     """What the two kinds of multiple choice share: a question, its choices, perhaps a passage, and the right one.
 
-    A label is the index of the right choice or its name ("A", "B", ...).
+    A label is the index of the right choice or its name: "A", "B", ..., or what the row itself calls it.
     """
 
     question: str
     choices: str | None
     label: str
     passage: str | None
+    choice_names: str | None
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -63,23 +64,29 @@ class MultipleChoice(Task):
         """Rows whose label is missing or is none of the row's own choices."""
         labels = table.column(self.label)
         lists: Sequence[Any] = [self.names] * len(labels) if self.choices is None else table.column(self.choices)
-        for row, (label, choices) in enumerate(zip(labels, lists, strict=True)):
+        own: Sequence[Any] = [self.names] * len(labels)
+        if self.choice_names is not None:
+            own = table.column(self.choice_names)
+        for row, (label, choices, names) in enumerate(zip(labels, lists, own, strict=True)):
             if missing(label):
                 yield row, f"no '{self.label}'"
-            elif not 0 <= self.index(label) < len(choices):
+            elif not 0 <= self.index(label, names) < len(choices):
                 yield row, f"'{self.label}' {label!r} is none of the {len(choices)} choices (0 to {len(choices) - 1})"
 
-    def index(self, label: Any) -> int:
-        """The index of a choice by its index or name; −1 where it is neither."""
+    def index(self, label: Any, names: Sequence[str] | None) -> int:
+        """The index of a choice by its index, or by its name among these; −1 where it is neither."""
         if isinstance(label, str):
-            return self.names.index(label) if label in self.names else -1
+            return list(names).index(label) if names and label in names else -1
         if isinstance(label, (int, float)) and label == label and label == int(label):
             return int(label) if label >= 0 else -1
         return -1
 
     def labels(self, rows: Mapping[str, list[Any]]) -> list[int]:
         """The labels of a batch of rows as indices, −1 where there is none."""
-        found = [self.index(label) for label in rows.get(self.label, [None] * len(rows[self.question]))]
+        size = len(rows[self.question])
+        own: Sequence[Any] = rows.get(self.choice_names or "", [self.names] * size)
+        given = rows.get(self.label, [None] * size)
+        found = [self.index(label, names) for label, names in zip(given, own, strict=True)]
         return [index if index < len(self.names) else -1 for index in found]
 
     def listed(self, rows: Mapping[str, list[Any]]) -> list[list[str]]:
@@ -109,6 +116,7 @@ class CandidateChoice(MultipleChoice):
         choices: the column of the choices, a list of texts; every row must have equally many.
         label: the column of the right choice.
         passage: the column of a text that the question is about.
+        choice_names: the column of what each row calls its choices, where labels are such names and no letters.
         max_length: the most tokens that a candidate may have; longer ones are cut, and their rows counted.
         max_train: train on this many rows only, drawn at random.
         validation_fraction: carve this fraction off train at random for validation, before ``max_train`` applies.
@@ -132,6 +140,7 @@ class CandidateChoice(MultipleChoice):
         choices: str = "choices",
         label: str = "label",
         passage: str | None = None,
+        choice_names: str | None = None,
         max_length: int = 128,
         max_train: int | None = None,
         validation_fraction: float | None = None,
@@ -139,6 +148,7 @@ class CandidateChoice(MultipleChoice):
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
         self.question, self.choices, self.label, self.passage = question, choices, label, passage
+        self.choice_names = choice_names
         self.num_choices: int | None = None
         self.read_splits(
             train,
@@ -223,6 +233,7 @@ class AnswerTokenChoice(MultipleChoice):
         choices: the column of the choices, a list of texts; ``None`` where the answers say it all.
         label: the column of the right choice.
         passage: the column of a text that the question is about.
+        choice_names: the column of what each row calls its choices, where labels are such names and no letters.
         answers: the K answers, one token each after the prompt; by default A, B, ... as many as train has choices.
         max_length: the most tokens that a prompt may have.
         max_train: train on this many rows only, drawn at random.
@@ -248,6 +259,7 @@ class AnswerTokenChoice(MultipleChoice):
         choices: str | None = "choices",
         label: str = "label",
         passage: str | None = None,
+        choice_names: str | None = None,
         answers: Sequence[str] | None = None,
         max_length: int = 256,
         max_train: int | None = None,
@@ -258,6 +270,7 @@ class AnswerTokenChoice(MultipleChoice):
         if choices is None and answers is None:
             raise ValueError("without a column of choices say what the answers are, such as answers=('no', 'yes').")
         self.question, self.choices, self.label, self.passage = question, choices, label, passage
+        self.choice_names = choice_names
         self.answers = None if answers is None else tuple(answers)
         self._cutting = copy.deepcopy(tokenizer)
         self._cutting.truncation_side = "left"  # "Answer:" must stay

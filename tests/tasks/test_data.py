@@ -188,3 +188,13 @@ def test_carving_is_a_partition():
     assert not np.array_equal(part["i"][:], range(10))
     with pytest.raises(DataError, match="empty split"):
         carve(rows, 0.001, 0)
+
+
+def test_fields_of_a_column_are_columns(tmp_path):
+    """Law: a column of named fields is read as one column a field, from a data set and from Parquet alike."""
+    rows = datasets.Dataset.from_list([{"id": 1, "choices": {"text": ["a", "b"], "label": ["A", "B"]}}])
+    rows.to_parquet(tmp_path / "rows.parquet")
+    for source in (rows, tmp_path / "rows.parquet"):
+        table = read(source, split="train")
+        assert sorted(table.names) == ["choices.label", "choices.text", "id"]
+        assert table.column("choices.text") == [["a", "b"]] and table.column("id") == [1]

@@ -118,3 +118,15 @@ def test_stride_must_fit(stride):
     """Law: a stride of nothing, or one that would skip tokens, is an error."""
     with pytest.raises(ValueError, match="from 1 to max_length=8"):
         LanguageModeling(words(), train=documents(5), max_length=8, stride=stride)
+
+
+def test_blank_rows_are_no_documents():
+    """Law: blank rows change nothing; rows that are no text are refused, and so is a split of blank rows alone."""
+    plain = documents(5, 3)
+    spaced = datasets.Dataset.from_dict({"text": ["", *plain["text"][:1], " \n", *plain["text"][1:], ""]})
+    tasks = [LanguageModeling(words(), train=rows, max_length=4) for rows in (plain, spaced)]
+    assert tasks[0].train["input_ids"][:] == tasks[1].train["input_ids"][:]
+    with pytest.raises(DataError, match="row 2: no 'text'"):
+        LanguageModeling(words(), train=datasets.Dataset.from_dict({"text": ["", None]}))
+    with pytest.raises(DataError, match="a text of 0 tokens"):
+        LanguageModeling(words(), train=datasets.Dataset.from_dict({"text": ["", " "]}))

@@ -241,3 +241,19 @@ def test_real_science_questions(minilm):
     assert task.class_names == ("A", "B", "C", "D") and len(task.train) == 20
     with pytest.raises(DataError, match="11 bad rows of 2376:\n  line 94: 3 choices where 4 are needed"):
         task.tokenise(str(folder / "arc_easy" / "test.jsonl"))
+
+
+def test_rows_may_name_their_own_choices(bpe):
+    """Law: a label is found among what its own row calls the choices, in a nested column too; others are refused."""
+    nested = [
+        {"question": "What barks?", "choices": {"text": ["dog", "cat"], "label": names}, "key": key}
+        for names, key in ((["A", "B"], "B"), (["1", "2"], "1"), (["1", "2"], "2"))
+    ]
+    options = {"choices": "choices.text", "choice_names": "choices.label", "label": "key"}
+    task = AnswerTokenChoice(bpe, train=data(nested), **options)
+    assert task.train["labels"][:] == [1, 0, 1]
+    assert task.train[1]["text"] == "Question: What barks?\nA. dog\nB. cat\nAnswer:"
+    candidates = CandidateChoice(bpe, train=data(nested), **options)
+    assert candidates.train["labels"][:] == [1, 0, 1]
+    with pytest.raises(DataError, match="row 4: 'key' 'A' is none of the 2 choices"):
+        AnswerTokenChoice(bpe, train=data([*nested, {**nested[1], "key": "A"}]), **options)
