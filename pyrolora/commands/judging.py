@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,8 @@ from pyrolora.likelihoods.next_token import NextToken
 from pyrolora.recipe import RecipeError
 from pyrolora.report.diagnosis import write_pictures
 from pyrolora.saved import load
+
+logger = logging.getLogger("pyrolora")
 
 
 def evaluate(
@@ -51,6 +54,8 @@ def evaluate(
         scaling = None
         if split != "validation" and isinstance(task.validation, Dataset):
             scaling = fit_scaling(posterior, task.validation, num_draws=draws, seed=seed)
+        elif split == "validation" and posterior.scaling != 1:
+            logger.warning("the posterior was calibrated on the validation split: these figures are too good")
         ood = task.ood if split == "test" else {}
         result = evaluate_posterior(posterior, data, scaling=scaling, ood=ood, num_draws=draws, seed=seed)
     if format == "json":

@@ -204,7 +204,7 @@ def prediction(program: PyroLoRA, guide: Guide, batch: Batch, num_draws: int, wi
     guide.eval()
     with pyro.validation_enabled(False), Live(known) as live, evaluating(program.model):
         natural = guide.natural_parameters(program, num_draws)
-        drawn = Posterior(program, guide).draw(guide.passes(num_draws, 0)) if random and natural is None else {}
+        drawn = Posterior(program, guide).draw(guide.draws_for(num_draws)) if random and natural is None else {}
         draws = {name: value for name, value in drawn.items() if name in random}
         del drawn
         fixed = {name: value for name, value in guide.mean().items() if name not in draws}

@@ -197,14 +197,15 @@ def uncertainty_of(prediction: Prediction, *, seed: int = 0) -> dict[str, dict[s
     """The mean entropy, expected entropy and mutual information over examples, in nats, with both their errors.
 
     The Monte Carlo error says how well these draws know the mean, examples held fixed; it is None where it cannot be
-    estimated: few draws, draws too many to keep, or draws that are not `joint` (quasi-Monte Carlo points, whose error
-    is far below that of as many independent draws). A closed-form predictive has no split: its parts are missing.
+    estimated: few draws, draws too many to keep, draws that are not `joint` (quasi-Monte Carlo points, whose error
+    is far below that of as many independent draws), or a calibrated posterior, whose draws do not average to its
+    predictive. A closed-form predictive has no split: its parts are missing.
 
     Returns:
         ``{component: {value, low, high, monte_carlo_error}}``.
     """
-    if prediction.joint and prediction.draws is not None:
-        return decompose(prediction.draws.numpy(), seed=seed).to_dict()
+    if (draws := _averaged(prediction)) is not None:
+        return decompose(draws, seed=seed).to_dict()
     columns = {"entropy": prediction.entropy}
     if prediction.num_draws > 1:
         columns |= {
@@ -226,18 +227,19 @@ def averaging_of(prediction: Prediction, mean_weights: Prediction, *, seed: int 
     Returns:
         ``mean_weights``: the NLL of the mean weights alone; ``gain``: NLL of all draws minus that, on the same
         examples, as `Difference.to_dict`; ``by_draws``: the NLL against the number of draws 1, 4, 16, … S, from the
-        same draws, as `DrawsCurve.to_dict`. None in its place where draws were too many to keep, or are not `joint`:
-        there is no single draw of the weights then, and more points cost no more passes.
+        same draws, as `DrawsCurve.to_dict`. None in its place where draws were too many to keep, are not `joint` (there
+        is no single draw of the weights then, and more points cost no more passes), or are not what is averaged, in
+        a calibrated posterior.
     """
     labels = labels_of(prediction)
     ours, theirs = (
         calibration.resampled(each.log_mean.numpy(), labels, seed=seed)["nll"] for each in (prediction, mean_weights)
     )
     curve = None
-    if prediction.joint and prediction.draws is not None:
+    if (draws := _averaged(prediction)) is not None:
         size = prediction.num_draws
         sizes = [4**i for i in range(size.bit_length()) if 4**i < size] + [size]
-        curve = nll_by_draws(prediction.draws.numpy(), labels, sizes=sizes, seed=seed).to_dict()
+        curve = nll_by_draws(draws, labels, sizes=sizes, seed=seed).to_dict()
     gain = difference({0: ours}, {0: theirs})
     return {"mean_weights": theirs.value, "gain": gain.to_dict(), "by_draws": curve}
 
@@ -316,6 +318,12 @@ def labels_of(prediction: Prediction) -> np.ndarray:
     if (labels < 0).any():
         raise ValueError(f"{(labels < 0).sum()} of {len(labels)} labels are unknown, so nothing can be scored")
     return labels
+
+
+def _averaged(prediction: Prediction) -> np.ndarray | None:
+    """The draws ``(S, n, K)``, where they are kept, independent, and the predictive is their average."""
+    plain = prediction.joint and prediction.scaling == 1
+    return prediction.draws.numpy() if plain and prediction.draws is not None else None
 
 
 def _percentages(curve: selective.RiskCoverageCurve) -> dict[str, list[float]]:

@@ -164,12 +164,16 @@ class Guide(nn.Module):
         return ()
 
     def passes(self, num_draws: int, num_outputs: int) -> int:
-        """Passes through the base model, forward and backward, that one prediction takes; also how many draws serve it.
+        """Passes through the base model, forward and backward, that one prediction takes.
 
         Args:
             num_draws: S.
             num_outputs: Natural parameters of an example, K for K classes.
         """
+        return self.draws_for(num_draws)
+
+    def draws_for(self, num_draws: int) -> int:
+        """How many draws serve a prediction that asks for S of them; at least 1, which is all that a point needs."""
         return max(num_draws, 1) if self.random_sites() or self.local_sites() else 1
 
     def reparametrisations(self) -> dict[str, Reparam]:

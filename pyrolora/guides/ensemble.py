@@ -100,6 +100,11 @@ class Ensemble(Guide):
         each = math.ceil(num_draws / self.size)
         return self.size * max(part.passes(each, num_outputs) for part in self.parts())
 
+    def draws_for(self, num_draws: int) -> int:
+        """The next multiple of M, so that every member counts the same."""
+        each = math.ceil(num_draws / self.size)
+        return self.size * max(part.draws_for(each) for part in self.parts()) if each else 1
+
     @property
     def joint_draws(self) -> bool:
         return all(part.joint_draws for part in self.parts())
@@ -175,7 +180,7 @@ def _redrawn(latent: Latent, latents: Mapping[str, Latent]) -> Latent:
 
 def _by_draws(part: Guide, program: PyroLoRA, num_draws: int, *, seed: int) -> Callable[[Batch], Iterable[Tensor]]:
     """Natural parameters under draws of the weights."""
-    draws = list(_draws(part, part.passes(num_draws, 0), seed=seed))
+    draws = list(_draws(part, part.draws_for(num_draws), seed=seed))
     return lambda batch: (program.logits(draw, batch) for draw in draws)
 
 

@@ -157,6 +157,9 @@ class InputAdaptive(Guide):
         # The last batch's graph would be kept alive, and cannot be copied.
         self._seen, self._factors = None, {}
 
+    def passes(self, num_draws: int, num_outputs: int) -> int:
+        return super().passes(num_draws, num_outputs) + (self.features == "backbone" and num_draws > 0)
+
     def describe_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """α of every layer, ``{"<site>.alpha": (b, layers)}``."""
         return {f"{site}.alpha": alpha.detach() for site, alpha in self._alphas(batch).items()}

@@ -66,7 +66,7 @@ class Samples(MAP):
     def centre(self, latent: Latent) -> Tensor:
         return self.kept(latent)[self.num_kept - 1]
 
-    def passes(self, num_draws: int, num_outputs: int) -> int:
+    def draws_for(self, num_draws: int) -> int:
         return max(min(num_draws, self.num_kept), 1) if self.random_sites() else 1
 
     def post_fit(self, program: PyroLoRA, data: Dataset) -> None:
@@ -111,7 +111,7 @@ class Checkpoints(Samples):
             raise ValueError(f"Checkpoints: start is in [0, 1), not {start!r}")
         self.start = start
 
-    def passes(self, num_draws: int, num_outputs: int) -> int:
+    def draws_for(self, num_draws: int) -> int:
         return self.num_kept if self.random_sites() and num_draws else 1
 
     def after_step(self, step: Step) -> None:

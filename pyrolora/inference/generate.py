@@ -180,7 +180,7 @@ def _draws(posterior: Posterior, num_draws: int, seed: int) -> list[dict[str, Te
         )
     if num_draws == 0 or not guide.random_sites():
         return [{name: value for name, value in posterior.mean().items() if name in program.sites}]
-    values = {n: v for n, v in posterior.draw(guide.passes(num_draws, 0), seed=seed).items() if n in program.sites}
+    values = {n: v for n, v in posterior.draw(guide.draws_for(num_draws), seed=seed).items() if n in program.sites}
     return [{name: value[s] for name, value in values.items()} for s in range(len(next(iter(values.values()))))]
 
 

@@ -182,7 +182,7 @@ class Posterior:
             return Runner(self.program, {}, self.mean(), natural=natural)
         random = {name for name in self.guide.random_sites() if matches(name, sites)} if num_draws > 0 else set()
         fixed = {name: value for name, value in self.mean().items() if name not in random}
-        draws = self.draw(self.guide.passes(num_draws, 0), seed=seed) if random else {}
+        draws = self.draw(self.guide.draws_for(num_draws), seed=seed) if random else {}
         draws = {name: value for name, value in draws.items() if name in random}
         return Runner(self.program, draws, fixed, chunk_size=chunk_size, vectorise=vectorise)
 
@@ -225,7 +225,7 @@ class Posterior:
             ValueError: More than 20 million numbers in a group.
         """
         if self.guide.random_sites():
-            num_draws = max(self.guide.passes(num_draws, 0), num_draws)  # an ensemble's members count the same
+            num_draws = max(self.guide.draws_for(num_draws), num_draws)  # an ensemble's members count the same
         latents = datatree.select({**self.program.latents, **self._auxiliary()}, var_names)
         datatree.check_size(latents, num_draws)
         prior = poutine.reparam(self.program.sample_latents, config=self.guide.reparametrisations())

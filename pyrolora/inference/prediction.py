@@ -36,6 +36,7 @@ class Prediction:
         joint: Whether a draw is one value of the weights, the same for every input. Not so for linearised Laplace: its
             draws are quasi-Monte Carlo points of each input's own predictive. They average to it, but are not
             independent, and point s of one input has nothing to do with point s of another.
+        scaling: Temperature τ at which the mean predictive stands, see `scaled`; draws are those before it.
         inputs: What the guide says of each input by itself, ``{name: (n, layers)}``: for `InputAdaptive` the α of every
             layer, ``lora.query.A.alpha``. Empty for most guides.
 
@@ -52,6 +53,7 @@ class Prediction:
     texts: tuple[str, ...] | None
     class_names: tuple[str, ...]
     joint: bool = True
+    scaling: float = 1.0
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -86,7 +88,8 @@ class Prediction:
         log_mean = (self.log_mean / temperature).log_softmax(-1)
         entropy = torch.special.entr(log_mean.exp()).sum(-1)
         aleatoric = (entropy - self.mutual_information).clamp(min=0)
-        return replace(self, log_mean=log_mean, entropy=entropy, expected_entropy=aleatoric)
+        scaling = self.scaling * temperature
+        return replace(self, log_mean=log_mean, entropy=entropy, expected_entropy=aleatoric, scaling=scaling)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row for each input: text, label, predicted class, its probability, the uncertainties, means of inputs."""

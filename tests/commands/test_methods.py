@@ -54,14 +54,24 @@ def test_fits_apart_are_joined(recipe: Path, tmp_path: Path, capsys: pytest.Capt
     assert "accuracy" in capsys.readouterr().out
 
 
-def test_calibration_is_stored(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Law: after calibrate the saved posterior predicts at the temperature that was printed."""
+def test_calibration_is_stored(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Law: after calibrate the saved posterior predicts at the temperature that was printed, and says that figures on
+    the split that it was calibrated on are too good."""
     main(["fit", str(recipe), "--guide", "Ensemble", "--output", str(tmp_path)])
     capsys.readouterr()
     main(["calibrate", str(tmp_path), "--draws", "4"])
     found = float(re.search(r"τ = ([\d.e+-]+)", capsys.readouterr().out)[1])
     posterior, _ = load(tmp_path)
     assert posterior.scaling == pytest.approx(found, rel=1e-3) and posterior.scaling != 1.0
+    capsys.readouterr()
+    with caplog.at_level("WARNING", logger="pyrolora"):
+        main(["evaluate", str(tmp_path), "--split", "validation", "--draws", "4"])
+        assert "calibrated on the validation split" in caplog.text
+        caplog.clear()
+        main(["evaluate", str(tmp_path), "--draws", "4"])
+        assert "calibrated on" not in caplog.text
     assert [type(part).__name__ for part in posterior.guide.parts()] == ["MeanField", "MeanField"]
     assert {row["member"] for row in posterior.history} == {0, 1}
 

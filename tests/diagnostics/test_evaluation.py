@@ -57,6 +57,24 @@ def laplace() -> Posterior:
     return fit(tiny_program(), Laplace(num_points=32), args=arguments)
 
 
+def test_a_calibrated_prediction_is_evaluated_at_its_temperature() -> None:
+    """Law: uncertainties and the gain of averaging are those of the scaled predictives; what its unscaled draws alone
+    could tell is left out, and at temperature 1 nothing is."""
+    found, point = predicted(8, 40), predicted(1, 40, seed=1)
+    scaled, scaled_point = found.scaled(2.0), point.scaled(2.0)
+    assert (found.scaling, scaled.scaling, scaled.scaled(3.0).scaling) == (1.0, 2.0, 6.0)
+    parts = uncertainty_of(scaled)
+    p = np.exp(log_softmax(found.log_mean.numpy() / 2.0, axis=-1))
+    assert parts["entropy"]["value"] == pytest.approx(-(p * np.log(p)).sum(-1).mean(), rel=1e-5)
+    assert all(part["monte_carlo_error"] is None for part in parts.values())
+    averaged = averaging_of(scaled, scaled_point)
+    assert found.labels is not None and averaged["by_draws"] is None
+    of_mean = nll(log_softmax(point.log_mean.numpy() / 2.0, axis=-1), found.labels.numpy())
+    assert averaged["mean_weights"] == pytest.approx(nll(scaled_point.log_mean.numpy(), found.labels.numpy()))
+    assert averaged["mean_weights"] == pytest.approx(of_mean, rel=1e-5)
+    assert averaging_of(found.scaled(1.0), point)["by_draws"]["sizes"] == [1, 4, 8]
+
+
 def test_every_metric_is_that_of_its_module() -> None:
     """Law: values and intervals are those of calibration.evaluate and evaluate_selective, as fitted and scaled."""
     prediction = predicted(5, 40)

@@ -52,7 +52,8 @@ def test_the_prediction_is_the_mean_of_the_members() -> None:
     for asked in (1, 3, 16):
         prediction = posterior.predict(test, asked)
         assert torch.allclose(prediction.mean, torch.stack(members).mean(0), atol=1e-6)
-    assert posterior.predict(test, 2).num_draws == posterior.guide.passes(2, 2) == 3
+    assert posterior.predict(test, 2).num_draws == posterior.guide.passes(2, 2) == posterior.guide.draws_for(2) == 3
+    assert posterior.guide.draws_for(0) == posterior.guide.passes(0, 2) == 1
 
 
 def test_members_of_posteriors_count_the_same() -> None:

@@ -184,6 +184,14 @@ def test_checkpointing_recomputes_the_same_noise(tmp_path: Path, noise: str, bf1
 # -- predictions and files -------------------------------------------------------------------------------------------
 
 
+def test_the_frozen_pass_is_counted() -> None:
+    """Law: features of the backbone cost one pass more than the draws, and none where nothing is drawn."""
+    for features, more in (("embedding", 0), ("backbone", 1)):
+        guide = InputAdaptive(features=features)  # type: ignore[arg-type]
+        guide.bind(tiny_program())
+        assert guide.passes(4, 2) == 4 + more and guide.passes(0, 2) == 1 and guide.draws_for(4) == 4
+
+
 @pytest.mark.parametrize("features", ["embedding", "backbone"])
 def test_mean_mode_is_plain_lora(tmp_path: Path, features: str) -> None:
     """Law: without draws the prediction is that of the exported adapter in stock PEFT, to the bit."""
