@@ -59,6 +59,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "diagnose": {
         f"--{name}": {"nargs": "+", "type": Path, "default": [], "metavar": "FOLDER"} for name in ("runs", "against")
     },
+    "estimate": {"--batch-size": {"type": int, "metavar": "ROWS"}},
     "generate": {
         "--prompt": {"action": "append", "default": [], "metavar": "TEXT"},
         "--max-new-tokens": {"type": int, "default": 40, "metavar": "T"},

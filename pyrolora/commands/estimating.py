@@ -26,7 +26,7 @@ def estimate(
 
     Examples:
       pyrolora estimate models/minilm-commonsense.yaml --guide Inducing
-      pyrolora estimate models/qwen3-8b-race.yaml --batch_size 8 --length 512
+      pyrolora estimate models/qwen3-8b-race.yaml --batch-size 8 --length 512
       pyrolora estimate models/phi-2-boolq.yaml --config folder/config.json
 
     Args:

@@ -10,7 +10,7 @@ from tests.terminal import Captured, fails
 
 def test_estimate(recipe: Path, capsys: Captured) -> None:
     """Law: parts in GiB add up to what is printed for all; parameters are those of `pyrolora methods`."""
-    main(["estimate", str(recipe), "--guide", "MAP", "--batch_size", "4", "--length", "8", "--draws", "2"])
+    main(["estimate", str(recipe), "--guide", "MAP", "--batch-size", "4", "--length", "8", "--draws", "2"])
     out = capsys.readouterr().out
     assert "4 × 8 tokens in training, 2 draws" in out.splitlines()[0]
     numbers = {line.rsplit(None, 1)[0].strip(): line.rsplit(None, 1)[1] for line in out.splitlines()[1:4]}
