@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,13 +27,21 @@ from pyrolora.guides.linearised import (
     say_whether_noise_drowns,
     slices,
 )
-from pyrolora.guides.precision import Scope, best_factor, tuned
+from pyrolora.guides.precision import (
+    Precision,
+    Scope,
+    best_factor,
+    check_precision,
+    declared_precision,
+    tuned,
+    validates,
+    validation_rows,
+)
 from pyrolora.likelihoods.base import ClassLikelihood
 from pyrolora.program import Batch, Latent, PyroLoRA
 
 logger = logging.getLogger("pyrolora")
 
-Precision = Literal["marglik", "val_nll", "declared"]
 Predictive = Literal["linearised", "probit", "bridge", "joint", "weights"]
 
 
@@ -58,7 +65,9 @@ class Laplace(Guide):
             needs no such choice.
         precision: λ, the prior's precision: ``"marglik"`` maximises the evidence on the training data, ``"val_nll"``
             scales that λ by the factor that predicts the task's validation split best, ``"declared"`` takes the
-            declared Normal prior's, and a number is λ itself.
+            declared Normal prior's, and a number is λ itself. ``"auto"`` is ``"val_nll"`` for classes with a
+            validation split, else ``"marglik"``: the evidence trusts the curvature, which far from a maximum, or
+            where every training row is explained, is not that of the posterior.
         scope: ``"site"``, ``"layer"`` or ``"global"``: what shares one λ under ``"marglik"``.
         predictive: ``"linearised"``, or its closed forms ``"probit"`` or ``"bridge"``, for each input on its own;
             ``"joint"``: draws ``f*(x) + J(x)(θ_s − θ*)``, one θ_s for all inputs; ``"weights"``: draws of the weights,
@@ -80,7 +89,7 @@ class Laplace(Guide):
         structure: Structure = "low_rank",
         rank: int = 10,
         tokens: Tokens = "whole",
-        precision: Precision | float = "marglik",
+        precision: Precision | float = "auto",
         scope: Scope = "site",
         predictive: Predictive = "linearised",
         num_points: int = 256,
@@ -93,7 +102,7 @@ class Laplace(Guide):
         check_choice("Laplace: tokens", tokens, Tokens)
         check_choice("Laplace: scope", scope, Scope)
         check_choice("Laplace: predictive", predictive, Predictive)
-        _check_precision(precision)
+        check_precision(precision)
         if not (rank >= 1 and num_points >= 1 and exact_up_to >= 0 and batch_size >= 1):
             raise ValueError("Laplace: rank, num_points and batch_size are at least 1, exact_up_to at least 0")
         self.structure, self.rank, self.tokens = structure, rank, tokens
@@ -236,7 +245,7 @@ class Laplace(Guide):
         """
         self._need_curvature()
         if precision is not None:
-            self.precision = _check_precision(precision)
+            self.precision = check_precision(precision)
         if scope is not None:
             self.scope = check_choice("Laplace: scope", scope, Scope)
         self._choose_precision(program)
@@ -287,10 +296,10 @@ class Laplace(Guide):
         if isinstance(self.precision, (int, float)):
             chosen = {name: torch.tensor(float(self.precision)) for name in laws}
         elif self.precision == "declared":
-            chosen = {latent.name: torch.tensor(_declared(latent)) for latent in wanted}
-        else:
+            chosen = {latent.name: torch.tensor(declared_precision(latent)) for latent in wanted}
+        else:  # by evidence, which is where the search by validation starts
             chosen = tuned(laws, {latent.name: self.points[key(latent)] for latent in wanted}, scope=self.scope)
-        if self.precision == "val_nll":
+        if validates(self.precision, program):
             factor = self._validated(program, laws, chosen)
             chosen = {name: value * factor for name, value in chosen.items()}
         for latent in wanted:
@@ -298,11 +307,7 @@ class Laplace(Guide):
 
     def _validated(self, program: PyroLoRA, laws: Mapping[str, Any], base: Mapping[str, Tensor]) -> float:
         """The factor on λ with the smallest NLL of the task's validation split."""
-        data = program.task.validation if program.task is not None else None
-        if not data:
-            raise ValueError(
-                "Laplace(precision='val_nll') needs a validation split: give the task one, or use 'marglik'"
-            )
+        data = validation_rows(program)
         found = batches(program, data, self.batch_size, label="validation")
         values, sites = self._values(), self._groups()
         factors = torch.logspace(-3, 3, 25)
@@ -379,20 +384,3 @@ class Laplace(Guide):
         for pattern in [self.random] if isinstance(self.random, str) else self.random:
             if not any(self._wanted(latent) and matches(latent.name, pattern) for latent in self.latents.values()):
                 raise ValueError(f"random={pattern!r} matches no matrix; the sites are {', '.join(self.latents)}")
-
-
-def _declared(latent: Latent) -> float:
-    if latent.flat:
-        raise ValueError(
-            f"Laplace(precision='declared'): site {latent.name!r} has a flat prior; declare priors.Normal for it, or "
-            "use precision='marglik'"
-        )
-    return latent.prior_scale**-2
-
-
-def _check_precision(value: Precision | float) -> Precision | float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"Laplace: a precision is one over a variance, and positive, not {value!r}")
-        return float(value)
-    return check_choice("Laplace: precision", value, Precision)

@@ -138,7 +138,7 @@ def say_whether_noise_drowns(mean: Tensor, covariance: Tensor) -> None:
         logger.warning(
             "Laplace: averaging over the posterior changes the predicted class of %.0f %% of %d training examples. "
             "Saturated predictions have no curvature, and the evidence then takes a λ whose noise drowns the logits: "
-            "choose precision='val_nll', or fit under a prior",
+            "give the task a validation split for precision='val_nll', or fit under a prior",
             100 * changed,
             len(mean),
         )

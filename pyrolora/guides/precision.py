@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+
+from pyrolora.guides.base import check_choice
+from pyrolora.likelihoods.base import ClassLikelihood
+from pyrolora.program import Latent, PyroLoRA
 
 logger = logging.getLogger("pyrolora")
 
+Precision = Literal["auto", "marglik", "val_nll", "declared"]
 Scope = Literal["site", "layer", "global"]
 
 # Bounds of λ: prior standard deviations from 1e-4 to 1e3.
@@ -69,6 +76,50 @@ def best_factor(factors: Tensor, scores: Tensor) -> float:
             float(factors[best]),
         )
     return float(factors[best])
+
+
+def validates(precision: Precision | float, program: PyroLoRA) -> bool:
+    """Whether λ is chosen on validation data: ``"val_nll"``, and ``"auto"`` where there are such data and classes."""
+    has_classes = isinstance(program.likelihood, ClassLikelihood)
+    return precision == "val_nll" or (precision == "auto" and has_classes and bool(_validation(program)))
+
+
+def validation_rows(program: PyroLoRA) -> Dataset:
+    """The task's validation split.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if data := _validation(program):
+        return data
+    raise ValueError("Laplace(precision='val_nll') needs a validation split: give the task one, or use 'marglik'")
+
+
+def _validation(program: PyroLoRA) -> Dataset | None:
+    return program.task.validation if program.task is not None else None
+
+
+def declared_precision(latent: Latent) -> float:
+    """One over the variance of a site's declared Normal prior."""
+    if latent.flat:
+        raise ValueError(
+            f"Laplace(precision='declared'): site {latent.name!r} has a flat prior; declare priors.Normal for it, or "
+            "use precision='marglik'"
+        )
+    return latent.prior_scale**-2
+
+
+def check_precision(value: Precision | float) -> Precision | float:
+    """A positive number, or one of the names.
+
+    Raises:
+        ValueError: Neither.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"Laplace: a precision is one over a variance, and positive, not {value!r}")
+        return float(value)
+    return check_choice("Laplace: precision", value, Precision)
 
 
 def _shared(found: Mapping[str, Tensor], scope: Scope) -> dict[str, Tensor]:

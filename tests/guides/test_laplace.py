@@ -33,7 +33,11 @@ def fitted(program: PyroLoRA | None = None, **options: Any) -> Posterior:
             if "lora_B" in name:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
     program.latents = program._find_latents()
-    return fit(program, Laplace(optimise=False, **options), args=default_arguments())
+    return fit(program, Laplace(optimise=False, **{"precision": "marglik", **options}), args=default_arguments())
+
+
+def precisions(guide: Any) -> dict[str, Tensor]:
+    return {name: b.clone() for name, b in guide.named_buffers() if name.startswith("precision")}
 
 
 def first_batch(program: PyroLoRA, size: int = 5) -> dict[str, Tensor]:
@@ -234,9 +238,9 @@ def test_validation_chooses_what_predicts_it_best() -> None:
     arguments.learning_rate = 1e-2
     posterior = fit(program, Laplace(precision="val_nll", rank=4), args=arguments)
     guide: Any = posterior.guide
-    chosen = {name: b.clone() for name, b in guide.named_buffers() if name.startswith("precision")}
+    chosen = precisions(guide)
     guide.tune(program, precision="marglik")
-    evidence = {name: b.clone() for name, b in guide.named_buffers() if name.startswith("precision")}
+    evidence = precisions(guide)
 
     def nll(base: dict[str, Tensor], factor: float = 1.0) -> float:
         for name, value in base.items():
@@ -250,6 +254,23 @@ def test_validation_chooses_what_predicts_it_best() -> None:
     program.task.validation = None
     with pytest.raises(ValueError, match="needs a validation split"):
         guide.tune(program, precision="val_nll")
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_by_default_validation_decides_where_there_is_any(validation: bool) -> None:
+    """Law: "auto" is "val_nll" for classes with a validation split, and "marglik" without one."""
+    program = tiny_program()
+    assert program.task is not None
+    program.task.validation = program.task.test if validation else None
+    guide: Any = fitted(program, rank=4, precision=Laplace().precision).guide
+    chosen = precisions(guide)
+    found = {}
+    for precision in ("marglik", "val_nll") if validation else ("marglik",):
+        guide.tune(program, precision=precision)
+        found[precision] = precisions(guide)
+    own, *others = found.values() if not validation else reversed(found.values())
+    assert all(torch.equal(chosen[name], own[name]) for name in chosen)
+    assert not any(torch.equal(chosen[name], other[name]) for other in others for name in chosen)
 
 
 def test_tuning_again_needs_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +351,7 @@ def test_draws_of_weights_come_with_a_warning(caplog: pytest.LogCaptureFixture) 
         ({"rank": 0}, "at least 1"),
         ({"structure": "full"}, "structure is one of low_rank, dense, diagonal"),
         ({"precision": -1.0}, "positive, not -1.0"),
-        ({"precision": "evidence"}, "precision is one of marglik, val_nll, declared"),
+        ({"precision": "evidence"}, "precision is one of auto, marglik, val_nll, declared"),
         ({"random": "lora.key.*"}, "matches no matrix; the sites are lora.query.A"),
     ],
 )
