@@ -20,9 +20,9 @@ from pyrolora.commands.generating import generate
 from pyrolora.commands.judging import diagnose, evaluate
 from pyrolora.commands.methods import calibrate, join, methods
 from pyrolora.commands.using import export, predict
+from pyrolora.construct import classes
 from pyrolora.inference.trainer import NonFiniteError
 from pyrolora.options import build_parser as parser_of
-from pyrolora.recipe import classes
 
 logger = logging.getLogger("pyrolora")
 _logged: set[tuple[str, int]] = set()

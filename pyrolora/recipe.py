@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import importlib.util
-import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from pyrolora.construct import RecipeError, call, check_names, classes, construct, described, nearest
 from pyrolora.guides.base import Guide
 from pyrolora.inference.fit import default_arguments
 from pyrolora.inference.randomness import isolated
@@ -39,10 +37,6 @@ _SOURCES = ("train", "validation", "test", "ood")
 _NOT_TRAINING = {"output_dir": "--output", "seed": "--seed"}
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be used; the message names the file, the key and what is allowed there."""
-
-
 @dataclass(frozen=True)
 class Recipe:
     """A probabilistic model as a file: base, adapters, priors and task, and how long to train.
@@ -54,7 +48,8 @@ class Recipe:
         task: A class of `pyrolora.tasks` in the same form. A split is a path, a hub name, or the fields of a
             `DataSource`: ``{path: nyu-mll/glue, config: sst2}``.
         training: Arguments of `transformers.TrainingArguments`.
-        guides: Arguments of guides that should differ from their defaults, by class name.
+        guides: Arguments of guides that should differ from their defaults, by class name. Any other name is that of a
+            configuration, in the form of a task: ``{BLoB: {class_path: MeanField, init_args: {noise: flipout}}}``.
         temperature: β of the objective: a number, or guide pattern to number, the first match wins and 1 without one:
             ``{MeanField: 0.1}``.
         dtype: Type of the base weights; by default the checkpoint's own.
@@ -86,9 +81,9 @@ class Recipe:
             if not isinstance(value, int | float) or not value >= 0:
                 raise RecipeError(f"{self.path}: temperature is a number ≥ 0, not {value!r}")
         for pattern in by_guide:
-            if not fnmatch.filter(classes("guides"), str(pattern)):
+            if not fnmatch.filter(self.guide_names, str(pattern)):
                 raise RecipeError(
-                    f"{self.path}: temperature: unknown guide {pattern!r}{_nearest(pattern, classes('guides'))}"
+                    f"{self.path}: temperature: unknown guide {pattern!r}{nearest(pattern, self.guide_names)}"
                 )
 
     @classmethod
@@ -108,12 +103,13 @@ class Recipe:
         known = [f.name for f in dataclasses.fields(cls) if f.name != "path"]
         if not isinstance(content, dict):
             raise RecipeError(f"{path}: a recipe is a mapping with the keys {', '.join(known)}")
-        _check_names(content, known, f"{path}: unknown key")
+        check_names(content, known, f"{path}: unknown key")
         if missing := [name for name in ("base", "adapter", "priors", "task") if content.get(name) is None]:
             raise RecipeError(f"{path}: missing key(s) {', '.join(missing)}")
         # A key with nothing after it counts as left out.
         recipe = cls(**{name: value for name, value in content.items() if value is not None}, path=path)
-        _check_names(recipe.guides, classes("guides"), f"{path}: guides: unknown class")
+        for name in recipe.guides:
+            recipe.guide_class(name)
         adapter = located(recipe.adapter, path.parent) if isinstance(recipe.adapter, str) else recipe.adapter
         base, task = located(recipe.base, path.parent), _task(recipe.task, path.parent)
         return dataclasses.replace(recipe, base=base, task=task, adapter=adapter)
@@ -130,9 +126,12 @@ class Recipe:
         self, guide: str, options: Mapping[str, Any], training: Mapping[str, Any], temperature: float | None
     ) -> Recipe:
         """The recipe with another guide's options, training arguments and temperature (None keeps it) over its own."""
+        own = self.guides.get(guide) or {}
+        named = guide not in classes("guides") and guide in self.guides
+        merged = {**own, "init_args": {**(own.get("init_args") or {}), **options}} if named else {**own, **options}
         return dataclasses.replace(
             self,
-            guides={**self.guides, guide: {**(self.guides.get(guide) or {}), **options}},
+            guides={**self.guides, guide: merged},
             training={**self.training, **training},
             temperature=self.temperature if temperature is None else temperature,
         )
@@ -160,43 +159,76 @@ class Recipe:
     def build_task(self) -> Task:
         """Reads the data."""
         where = f"{self.path}: task"
-        name, arguments = _described(self.task, where)
+        name, arguments = described(self.task, where)
         sources = {split: _source(arguments[split], f"{where}: {split}") for split in _SOURCES if split in arguments}
-        return _construct(name, {**arguments, **sources}, "tasks", where=where, first=(self.tokenizer(),))
+        return construct(name, {**arguments, **sources}, "tasks", where=where, first=(self.tokenizer(),))
 
     def build_priors(self) -> dict[str, Prior]:
         """Pattern to prior."""
         priors = {}
         for pattern, spec in self.priors.items():
             where = f"{self.path}: priors: {pattern!r}"
-            priors[pattern] = _construct(*_described(spec, where), "priors", where=where)
+            priors[pattern] = construct(*described(spec, where), "priors", where=where)
         return priors
 
     def build_adapter(self) -> LoraConfig | str:
         """The `peft.LoraConfig`, or the folder of a saved adapter."""
         if isinstance(self.adapter, str):
             return self.adapter
-        return _call(LoraConfig, self.adapter, where=f"{self.path}: adapter")
+        return call(LoraConfig, self.adapter, where=f"{self.path}: adapter")
+
+    @property
+    def guide_names(self) -> list[str]:
+        """What can be fitted: the classes of guides, then this recipe's own configurations of them."""
+        return list(dict.fromkeys([*classes("guides"), *self.guides]))
+
+    def guide_class(self, name: str) -> str:
+        """The class behind a name: itself, or that of one of this recipe's configurations.
+
+        Raises:
+            RecipeError: Neither.
+        """
+        return self._guide(name)[0]
 
     def build_guide(self, name: str) -> Guide:
-        """A guide by class name, with this recipe's arguments for it; ensembles name the guide of their members."""
+        """A guide by name, with this recipe's arguments for it; ensembles name the guide of their members."""
         where = f"{self.path}: guide"
-        arguments = dict(self.guides.get(name) or {})
+        found, given = self._guide(name)
+        arguments = dict(given)
         if "guide" in arguments:
-            inner, own = _described(arguments["guide"], f"{where}: {name}: guide")
+            inner, own = described(arguments["guide"], f"{where}: {name}: guide")
             # An inner guide that is only named has this recipe's arguments for it.
-            own = own or self.guides.get(inner) or {}
-            arguments["guide"] = _construct(inner, own, "guides", where=f"{where}: {name}")
-        return _construct(name, arguments, "guides", where=where)
+            inner, own = (inner, own) if own else self._guide(inner)
+            arguments["guide"] = construct(inner, own, "guides", where=f"{where}: {name}")
+        return construct(found, arguments, "guides", where=where)
 
     def temperature_of(self, guide: str) -> float:
-        """β of a guide's objective."""
+        """β of a guide's objective: that of the name, else of its class; of an ensemble, else that of its members."""
         if not isinstance(self.temperature, Mapping):
             return self.temperature
-        found = (beta for pattern, beta in self.temperature.items() if fnmatch.fnmatchcase(guide, pattern))
-        inner = (self.guides.get(guide) or {}).get("guide")
-        # The objective of an ensemble is that of its members.
-        return next(found, 1.0 if inner is None else self.temperature_of(_described(inner, str(self.path))[0]))
+        found, arguments = self._guide(guide)
+        for name in (guide, found):
+            for pattern, beta in self.temperature.items():
+                if fnmatch.fnmatchcase(name, pattern):
+                    return beta
+        inner = arguments.get("guide")
+        return 1.0 if inner is None else self.temperature_of(described(inner, str(self.path))[0])
+
+    def _guide(self, name: str) -> tuple[str, Mapping[str, Any]]:
+        """Class and arguments of a guide."""
+        known, own = classes("guides"), self.guides.get(name) or {}
+        if name in known or name not in self.guides:
+            check_names([name], known, f"{self.path}: guide: unknown class")
+            return name, own
+        if "class_path" not in own:
+            hint = nearest(name, known).partition(".")[0]
+            raise RecipeError(
+                f"{self.path}: guides: unknown class {name!r}{hint}. A configuration of your own says which class it "
+                "is of: {class_path: ..., init_args: {...}}"
+            )
+        found, arguments = described(own, f"{self.path}: guides: {name}")
+        check_names([found], known, f"{self.path}: guides: {name}: unknown class")
+        return found, arguments
 
     def load_base(self, task: Task, *, seed: int = 0) -> PreTrainedModel:
         """The base model, without adapters; a head that the checkpoint lacks is random, from this seed."""
@@ -208,7 +240,7 @@ class Recipe:
         if not self.quantization:
             return None
         try:
-            return _call(BitsAndBytesConfig, self.quantization, where=f"{self.path}: quantization")
+            return call(BitsAndBytesConfig, self.quantization, where=f"{self.path}: quantization")
         except ImportError as error:
             needs = "quantization needs the Python package bitsandbytes: pip install 'pyrolora[quantization]'"
             raise RecipeError(f"{self.path}: {needs}") from error
@@ -243,7 +275,7 @@ class Recipe:
         where = f"{self.path}: training"
         default = default_arguments(output, seed=seed)
         known = [f.name for f in dataclasses.fields(default) if f.init]
-        _check_names(self.training, known, f"{where}: unknown argument")
+        check_names(self.training, known, f"{where}: unknown argument")
         for name, value in self.training.items():
             if name in _NOT_TRAINING:
                 raise RecipeError(f"{where}: {name} is given at the command line, as {_NOT_TRAINING[name]}")
@@ -268,18 +300,6 @@ class Recipe:
                 raise
             reason = str(error).strip().partition("\n")[0]
             raise RecipeError(f"{self.path}: {part}base {self.base!r} cannot be loaded: {reason}") from error
-
-
-def classes(package: str) -> dict[str, type]:
-    """The public classes of ``guides``, ``priors`` or ``tasks`` that a recipe can name."""
-    module = import_module(f"pyrolora.{package}")
-    found = {name: getattr(module, name) for name in module.__all__}
-    aside = (Guide, Task, DataSource)
-    return {
-        name: thing
-        for name, thing in found.items()
-        if inspect.isclass(thing) and thing not in aside and not issubclass(thing, Exception)
-    }
 
 
 def located(value: Any, folder: Path) -> Any:
@@ -323,49 +343,5 @@ def _source(value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         return value
     if "path" in value:
-        return _call(DataSource, value, where=where)
+        return call(DataSource, value, where=where)
     return {name: _source(inner, f"{where}: {name}") for name, inner in value.items()}
-
-
-def _described(spec: Any, where: str) -> tuple[str, Mapping[str, Any]]:
-    """Class name and arguments from ``NAME`` or ``{class_path: NAME, init_args: {...}}``."""
-    spec = {"class_path": spec} if isinstance(spec, str) else spec
-    if not isinstance(spec, Mapping) or "class_path" not in spec or not spec.keys() <= {"class_path", "init_args"}:
-        raise RecipeError(f"{where}: give a class name, or a mapping with class_path and init_args; not {spec!r}")
-    return spec["class_path"], spec.get("init_args") or {}
-
-
-def _construct(
-    name: str, arguments: Mapping[str, Any], package: str, *, where: str, first: tuple[Any, ...] = ()
-) -> Any:
-    """Builds an object of one of the public classes of a package."""
-    names = classes(package)
-    if name not in names:
-        raise RecipeError(f"{where}: unknown class {name!r}{_nearest(name, names)}")
-    return _call(names[name], arguments, where=f"{where}: {name}", first=first)
-
-
-def _call(factory: Callable[..., Any], arguments: Any, *, where: str, first: tuple[Any, ...] = ()) -> Any:
-    if not isinstance(arguments, Mapping):
-        raise RecipeError(f"{where}: arguments are a mapping, not {arguments!r}")
-    parameters = list(inspect.signature(factory).parameters)[len(first) :]
-    _check_names(arguments, parameters, f"{where}: unknown argument")
-    try:
-        return factory(*first, **arguments)
-    except (TypeError, ValueError, OSError) as error:
-        raise RecipeError(f"{where}: {error}") from error
-
-
-def _check_names(given: Iterable[Any], known: Iterable[str], what: str) -> None:
-    known = list(known)
-    for name in given:
-        if name not in known:
-            raise RecipeError(f"{what} {name!r}{_nearest(name, known)}")
-
-
-def _nearest(name: Any, known: Iterable[str]) -> str:
-    """``; did you mean ...?``, and the list of what there is where it is short."""
-    known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    return hint if len(known) > 40 else f"{hint} There are {', '.join(known)}." if known else f"{hint} There are none."

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pyrolora.construct import RecipeError
 from pyrolora.inference.archive import read_meta, write_json
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.trainer import last_checkpoint
-from pyrolora.recipe import Recipe, RecipeError
+from pyrolora.recipe import Recipe
 from pyrolora.tasks.base import Task
 
 logger = logging.getLogger("pyrolora")

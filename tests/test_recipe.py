@@ -14,11 +14,12 @@ from transformers import TrainingArguments
 
 from pyrolora import recipe as module
 from pyrolora.adapters.checkpoint import export_adapter
+from pyrolora.construct import RecipeError, classes
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.fit import CHECKPOINTING
 from pyrolora.priors.flat import Flat
 from pyrolora.priors.normal import Normal
-from pyrolora.recipe import Recipe, RecipeError, classes, located
+from pyrolora.recipe import Recipe, located
 from tests.recipes import CONTENT, write_recipe
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -275,6 +276,41 @@ def test_guides_take_the_recipes_arguments(shared: Path) -> None:
         recipe.build_guide("Guide")
     with pytest.raises(RecipeError, match="MeanField: unknown argument 'init_scal'; did you mean 'init_scale'"):
         changed(shared, guides={"MeanField": {"init_scal": 1}}).build_guide("MeanField")
+
+
+def test_a_recipe_names_configurations_of_its_own(tmp_path: Path) -> None:
+    """Law: a name with a class behind it is a guide like any other: built, tempered, adjusted, a member's."""
+    guides = {
+        "BLoB": {"class_path": "MeanField", "init_args": {"noise": "flipout", "init_scale": 0.3}},
+        "MeanField": {"init_scale": 0.2},
+        "Three": {"class_path": "Ensemble", "init_args": {"guide": "BLoB", "size": 3}},
+    }
+    recipe = Recipe.read(write_recipe(tmp_path, guides=guides, temperature={"BLoB": 0.1, "Mean*": 0.5}))
+    guide, three = recipe.build_guide("BLoB"), recipe.build_guide("Three")
+    assert (type(guide), guide.noise, guide.init_scale) == (MeanField, "flipout", 0.3)
+    assert (three.size, three.guide.noise) == (3, "flipout")
+    assert recipe.guide_names[-2:] == ["BLoB", "Three"] and recipe.guide_class("Three") == "Ensemble"
+    assert [recipe.temperature_of(name) for name in ("BLoB", "Three", "MeanField", "MAP")] == [0.1, 0.1, 0.5, 1.0]
+    own = recipe.adjusted("BLoB", {"init_scale": 0.4}, {}, None).build_guide("BLoB")
+    assert (own.noise, own.init_scale) == ("flipout", 0.4)
+    # Without a pattern of its own a configuration has its class's temperature.
+    assert dataclasses.replace(recipe, temperature={"MeanField": 0.5}).temperature_of("BLoB") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"BLoB": {"noise": "flipout"}}, "guides: unknown class 'BLoB'.*says which class it is of"),
+        ({"Meanfield": {}}, "unknown class 'Meanfield'; did you mean 'MeanField'"),
+        ({"BLoB": {"class_path": "MeanFeild"}}, "guides: BLoB: unknown class 'MeanFeild'; did you mean 'MeanField'"),
+        ({"BLoB": {"class_path": "os.system", "init_args": {}}}, "guides: BLoB: unknown class 'os.system'"),
+        ({"BLoB": {"class_path": "MAP", "noise": 1}}, "guides: BLoB: give a class name, or a mapping with class_path"),
+    ],
+)
+def test_a_configuration_says_which_class_it_is_of(tmp_path: Path, own: dict[str, Any], message: str) -> None:
+    """Law: a name without a class, or with one that does not exist, is refused when the file is read."""
+    with pytest.raises(RecipeError, match=message):
+        Recipe.read(write_recipe(tmp_path, guides=own))
 
 
 def test_what_is_given_goes_over_the_recipes_own(shared: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyrolora.construct import RecipeError
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.posterior import Posterior
-from pyrolora.recipe import Recipe, RecipeError
+from pyrolora.recipe import Recipe
 from pyrolora.saved import load, prepare, recipe_of, save
 from tests.recipes import write_recipe
 

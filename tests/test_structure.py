@@ -26,6 +26,7 @@ LAYERS = (
     {"program"},
     {"guides"},
     {"inference"},
+    {"construct"},
     {"recipe"},
     {"saved"},
     {"diagnostics", "report", "options"},

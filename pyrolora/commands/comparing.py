@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pyrolora.construct import RecipeError
 from pyrolora.diagnostics.experiment import run
 from pyrolora.diagnostics.results import table
-from pyrolora.recipe import Recipe, RecipeError
+from pyrolora.recipe import Recipe
 from pyrolora.report.html import write_picture, write_report
 
 

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from pyrolora.construct import RecipeError
 from pyrolora.inference.generate import generate as generate_texts
 from pyrolora.inference.generation import Generation
-from pyrolora.recipe import RecipeError
 from pyrolora.report.terminal import legend, marked
 from pyrolora.saved import load
 

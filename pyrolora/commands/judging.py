@@ -9,12 +9,12 @@ from typing import Literal
 
 from datasets import Dataset
 
+from pyrolora.construct import RecipeError
 from pyrolora.diagnostics.diagnose import diagnose as diagnose_posterior
 from pyrolora.diagnostics.evaluation import Evaluation, evaluate_posterior, fit_scaling
 from pyrolora.diagnostics.language import LanguageEvaluation, evaluate_language
 from pyrolora.inference.archive import write_json
 from pyrolora.likelihoods.next_token import NextToken
-from pyrolora.recipe import RecipeError
 from pyrolora.report.diagnosis import write_pictures
 from pyrolora.saved import load
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from pyrolora.construct import RecipeError, classes
 from pyrolora.diagnostics.temperature import calibrate as calibrated
 from pyrolora.guides.base import Card, Guide
 from pyrolora.guides.map import MAP
 from pyrolora.inference.join import join as joined
 from pyrolora.program import PyroLoRA
-from pyrolora.recipe import Recipe, RecipeError, classes
+from pyrolora.recipe import Recipe
 from pyrolora.saved import load, posterior_of, recipe_of, save
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyrolora.recipe import RecipeError
+from pyrolora.construct import RecipeError
 from pyrolora.saved import load
 
 TABLES: dict[str, Callable[[Any, Path], Any]] = {

@@ -20,6 +20,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pyrolora.construct import classes
 from pyrolora.diagnostics.bootstrap import Resampled
 from pyrolora.diagnostics.differences import Resamples
 from pyrolora.diagnostics.evaluation import Evaluation, evaluate_prediction, fit_scaling
@@ -30,7 +31,7 @@ from pyrolora.inference.archive import ArchiveError, read_meta, replacing, write
 from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.prediction import Prediction
-from pyrolora.recipe import Recipe, classes
+from pyrolora.recipe import Recipe
 from pyrolora.saved import posterior_of, save
 from pyrolora.tasks.base import Task
 
@@ -45,7 +46,7 @@ class Method:
 
     Attributes:
         name: In tables.
-        guide: A class of `pyrolora.guides`, or ``LoRA``: MAP under flat priors.
+        guide: A class of `pyrolora.guides`, a configuration that the recipe names, or ``LoRA``: MAP under flat priors.
         recipe: The probabilistic model.
         folder: Of a saved posterior; None for one that is to be fitted.
     """
@@ -71,7 +72,7 @@ class Method:
         """The method in one line: the first line of the file that defines the guide."""
         if self.guide == BASELINE:
             return "plain LoRA: maximum likelihood, no priors"
-        module = inspect.getmodule(classes("guides").get(self.guide))
+        module = inspect.getmodule(classes("guides")[self.recipe.guide_class(self.guide)])
         return (inspect.getdoc(module) or self.guide).partition("\n")[0]
 
 

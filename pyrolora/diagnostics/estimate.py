@@ -38,6 +38,7 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
+from pyrolora.construct import RecipeError, classes
 from pyrolora.guides.base import Guide
 from pyrolora.inference.elbo import Objective
 from pyrolora.inference.fit import CHECKPOINTING
@@ -49,7 +50,7 @@ from pyrolora.likelihoods.categorical import Categorical
 from pyrolora.likelihoods.next_token import NextToken
 from pyrolora.likelihoods.normal import Normal
 from pyrolora.program import Batch, PyroLoRA, evaluating
-from pyrolora.recipe import Recipe, RecipeError, classes
+from pyrolora.recipe import Recipe
 
 ATTENTION = "counted"  # the name under which transformers finds the attention below
 LABELS, CHOICES = 2, 4  # of tasks that learn theirs from data; a head of a few outputs more or less weighs nothing

@@ -16,12 +16,13 @@ import datasets
 import torch
 import transformers
 
+from pyrolora.construct import RecipeError
 from pyrolora.diagnostics import cells
 from pyrolora.diagnostics.cells import BASELINE, Cell, Method
 from pyrolora.diagnostics.results import assemble, write
 from pyrolora.inference.archive import read_meta
 from pyrolora.likelihoods.base import ClassLikelihood
-from pyrolora.recipe import Recipe, RecipeError, classes
+from pyrolora.recipe import Recipe
 from pyrolora.saved import recipe_of
 from pyrolora.tasks.base import Task
 
@@ -100,10 +101,10 @@ def plan(recipes: Sequence[Recipe], guides: Sequence[str], posteriors: Iterable[
         RecipeError: An unknown guide (the right ones are listed) or arguments that it refuses, two methods whose files
             would have the same name, or nothing to compare.
     """
-    known = [BASELINE, *classes("guides")]
-    for name in guides:
+    for recipe, name in product(recipes, guides):
+        known = [BASELINE, *recipe.guide_names]
         if name not in known:
-            raise RecipeError(f"unknown guide {name!r}; there are {', '.join(known)}")
+            raise RecipeError(f"{recipe.path}: unknown guide {name!r}; there are {', '.join(known)}")
     if recipes and not guides and not posteriors:
         raise RecipeError("nothing would be fitted but plain LoRA: name guides to compare it with (--guides)")
     methods: list[Method] = []

@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 
 from pyrolora import guides
+from pyrolora.construct import RecipeError
 from pyrolora.diagnostics.estimate import Live, base_bytes, batches, estimate, meta_program
 from pyrolora.inference.elbo import Objective
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predict import Runner, log_likelihood, log_probabilities
 from pyrolora.likelihoods.next_token import NextToken
 from pyrolora.program import PyroLoRA, evaluating
-from pyrolora.recipe import Recipe, RecipeError
+from pyrolora.recipe import Recipe
 from tests.architectures import PUBLISHED, shrunk
 
 MODELS = Path(__file__).parents[2] / "models"

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
+from pyrolora.construct import RecipeError
 from pyrolora.diagnostics import cells
 from pyrolora.diagnostics.evaluation import MAIN, evaluate_posterior, fit_scaling
 from pyrolora.diagnostics.experiment import plan, run
 from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
 from pyrolora.priors.flat import Flat
-from pyrolora.recipe import Recipe, RecipeError
+from pyrolora.recipe import Recipe
 from pyrolora.report.html import render
 from tests.recipes import CONTENT, write_recipe
 
