@@ -24,6 +24,7 @@ from transformers import (
 
 from pyrolora.construct import RecipeError, call, check_names, classes, construct, described, nearest
 from pyrolora.guides.base import Guide
+from pyrolora.inference.archive import replacing
 from pyrolora.inference.fit import default_arguments
 from pyrolora.inference.randomness import isolated
 from pyrolora.priors.base import Prior
@@ -98,7 +99,7 @@ class Recipe:
             content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
         except FileNotFoundError:
             raise RecipeError(f"{path} does not exist") from None
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise RecipeError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
         known = [f.name for f in dataclasses.fields(cls) if f.name != "path"]
         if not isinstance(content, dict):
@@ -116,7 +117,8 @@ class Recipe:
 
     def write(self, path: Path) -> None:
         """Writes the recipe as YAML; paths in it are absolute, so that it may stand anywhere."""
-        path.write_text(yaml.safe_dump(self.content(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        with replacing(path) as new:
+            new.write_text(yaml.safe_dump(self.content(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     def content(self) -> dict[str, Any]:
         """What stands in the file."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyrolora.construct import RecipeError
+from pyrolora.inference import processes
 from pyrolora.inference.archive import read_meta, write_json
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.trainer import last_checkpoint
@@ -22,7 +23,8 @@ logger = logging.getLogger("pyrolora")
 def save(posterior: Posterior, recipe: Recipe, folder: Path) -> Path:
     """Saves a posterior with its recipe beside it, from which task and base are rebuilt."""
     posterior.save_pretrained(folder)
-    recipe.write(folder / "recipe.yaml")
+    if processes.rank() == 0:
+        recipe.write(folder / "recipe.yaml")
     return folder
 
 
@@ -57,6 +59,8 @@ def posterior_of(folder: Path, recipe: Recipe, task: Task) -> Posterior:
 def prepare(folder: Path, identity: Mapping[str, Any], resume: bool) -> None:
     """Makes a folder's checkpoints those of this fit: to resume, they must be; otherwise older ones go.
 
+    Of several processes the first does so while the others wait.
+
     Args:
         folder: Of the checkpoints.
         identity: What a fit depends on: recipe, guide, seed.
@@ -74,6 +78,8 @@ def prepare(folder: Path, identity: Mapping[str, Any], resume: bool) -> None:
         return
     if resume:
         logger.info("%s holds no complete checkpoint; the fit begins anew", folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_json(path, plain)
+    if processes.rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json(path, plain)
+    processes.wait()

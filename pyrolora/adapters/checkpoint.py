@@ -33,7 +33,7 @@ def load_adapter(base_model: nn.Module, folder: str | Path) -> PeftModel:
         raise AdapterError(
             f"{folder}: the base model has adapters already; give the model that they were injected into"
         )
-    config, saved = _read_config(folder), _saved_names(folder)
+    config, saved = read_config(folder), _saved_names(folder)
     try:
         model = PeftModel.from_pretrained(base_model, str(folder), config=config)  # type: ignore[arg-type]
     except (RuntimeError, ValueError, KeyError) as error:
@@ -49,15 +49,24 @@ def load_adapter(base_model: nn.Module, folder: str | Path) -> PeftModel:
     return model
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def read_config(folder: str | Path) -> LoraConfig:
+    """The `peft.LoraConfig` of a folder; nothing that it names is imported or loaded.
+
+    Raises:
+        AdapterError: No configuration, a damaged one, one that is not of LoRA, or one that asks PEFT to import code.
+    """
+    folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise AdapterError(f"{folder}: no adapter_config.json there; give a folder written by PEFT's save_pretrained")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"{folder / 'adapter_config.json'} cannot be read: {error!r}") from error
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise AdapterError(f"{folder}: an adapter of type {config.peft_type}; only LORA can be sampled")
+    if config.megatron_config is not None:
+        # PEFT imports the module that megatron_core names, in older releases whatever it is.
+        raise AdapterError(f"{folder}: adapter_config.json asks for code of Megatron; only PEFT's own layers are used")
     return config
 
 

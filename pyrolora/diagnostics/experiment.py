@@ -21,6 +21,7 @@ from pyrolora.diagnostics import cells
 from pyrolora.diagnostics.cells import BASELINE, Cell, Method
 from pyrolora.diagnostics.results import assemble, write
 from pyrolora.inference.archive import read_meta
+from pyrolora.inference.processes import refuse
 from pyrolora.likelihoods.base import ClassLikelihood
 from pyrolora.recipe import Recipe
 from pyrolora.saved import recipe_of
@@ -68,7 +69,9 @@ def run(
     Raises:
         RecipeError: An unknown method; a task without classes, or without validation or test split; methods that are
             evaluated on different data.
+        ValueError: Several processes were launched.
     """
+    refuse("a comparison", "start it without a launcher; --processes works on several cells at once")
     if processes < 1:
         raise RecipeError(f"--processes is at least 1, not {processes}")
     methods = plan(recipes, guides, posteriors)

@@ -13,17 +13,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pyrolora.adapters.checkpoint import fingerprint
+from pyrolora.adapters.checkpoint import fingerprint, read_config
+from pyrolora.adapters.sites import AdapterError
 from pyrolora.guides.base import Guide
 from pyrolora.likelihoods.base import Likelihood
 from pyrolora.program import PyroLoRA
 
-FORMAT = 1
-_TENSORS, _META = "posterior.safetensors", "posterior.json"
+FORMAT = 2
+READABLE = (1, 2)  # 1 has no checksums of posterior.json and adapter_config.json
+_TENSORS, _META, _ADAPTER = "posterior.safetensors", "posterior.json", "adapter_config.json"
 _KINDS: dict[str, Any] = {"guides": Guide, "priors": Callable, "likelihoods": Likelihood}
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "guide": dict,
@@ -41,7 +45,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 class ArchiveError(ValueError):
-    """A posterior folder that cannot be read; the message names the file and the reason."""
+    """A posterior folder that cannot be read or written; the message names the file and the reason."""
 
 
 def describe(thing: Any) -> Any:
@@ -90,10 +94,8 @@ def rebuild(description: Any, *, where: str) -> Any:
     if found is None or not isinstance(init, dict) or description.keys() != {"class", "init"}:
         raise ArchiveError(f"{where}: {description['class']!r} is not a class that a posterior may hold")
     arguments = {name: rebuild(value, where=f"{where}: {name}") for name, value in init.items()}
-    try:
+    with refusing(f"{where}: {description['class']} refuses its saved arguments"):
         return found(**arguments)
-    except Exception as error:  # whatever a constructor raises on arguments that it did not itself write
-        raise ArchiveError(f"{where}: {description['class']} refuses its saved arguments: {error}") from error
 
 
 def _is_of_kind(description: Any, kind: str) -> bool:
@@ -113,13 +115,39 @@ def _public_class(path: Any) -> type | None:
     return found if isinstance(found, type) and issubclass(found, _KINDS[kind]) else None
 
 
-def write(folder: Path, *, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Writes ``posterior.safetensors`` and ``posterior.json``; where that fails, what was there before is untouched."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(folder: Path, *, state: Mapping[str, Tensor], meta: Mapping[str, Any], adapter: LoraConfig) -> None:
+    """Writes ``posterior.safetensors``, ``adapter_config.json``, and ``posterior.json`` with the checksums of both.
+
+    Where that fails, what was there before is untouched. A kill between the final moves leaves files that do not
+    belong together, which reading refuses.
+
+    Raises:
+        ArchiveError: The folder cannot be written to, or the disk is full.
+    """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with replacing(folder / _META) as new_meta, replacing(folder / _TENSORS) as new_tensors:
-        save_file(tensors, str(new_tensors))
-        new_meta.write_text(_json({"format": FORMAT, **meta, "sha256": _digest(new_tensors)}), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            replacing(folder / _META) as new_meta,
+            replacing(folder / _ADAPTER) as new_adapter,
+            replacing(folder / _TENSORS) as new_tensors,
+        ):
+            save_file(tensors, str(new_tensors))
+            new_adapter.write_text(_json(_plain(adapter.to_dict())), encoding="utf-8")
+            sums = {"sha256": _digest(new_tensors), "adapter_sha256": _digest(new_adapter)}
+            new_meta.write_text(_json(sealed({"format": FORMAT, **meta, **sums})), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise ArchiveError(
+            f"{folder}: the posterior cannot be written: {error}. What was there before is untouched; make room, or "
+            "choose another folder"
+        ) from error
+
+
+def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata with ``checksum``, the SHA-256 of all the rest of it."""
+    rest = _finite({name: value for name, value in meta.items() if name != "checksum"})
+    content = json.dumps(rest, sort_keys=True, allow_nan=False)
+    return {**rest, "checksum": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -145,8 +173,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise ArchiveError(f"{path} cannot be read: {error}") from error
     if not isinstance(meta, dict) or "format" not in meta:
         raise ArchiveError(f"{path} is not a posterior of this package")
-    if meta["format"] != FORMAT:
-        raise ArchiveError(f"{path} has format {meta['format']}, this version reads {FORMAT}: update pyrolora")
+    if meta["format"] not in READABLE:
+        raise ArchiveError(f"{path} has format {meta['format']}, this version reads up to {FORMAT}: update pyrolora")
+    if meta["format"] != 1 and sealed(meta)["checksum"] != meta.get("checksum"):
+        raise ArchiveError(f"{path} is damaged, or was changed by hand: its content is not that of its checksum")
     meta.setdefault("scaling", 1.0)  # of files from before it could be stored
     if wrong := [name for name, kind in _FIELDS.items() if not isinstance(meta.get(name), kind)]:
         raise ArchiveError(f"{path} is not a whole posterior: {', '.join(wrong)} missing or of another type")
@@ -171,11 +201,31 @@ def read_state(folder: Path) -> dict[str, Tensor]:
         if _digest(path) != expected:
             raise ArchiveError(f"{path} is damaged, or not the file that {_META} belongs to (their SHA-256 differ)")
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise ArchiveError(f"{path} does not exist") from None
     except (OSError, SafetensorError) as error:
         raise ArchiveError(f"{path} is damaged or not a safetensors file: {error}") from error
+    if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
+        raise ArchiveError(f"{path} holds NaN or infinity in {', '.join(bad[:5])}; fit the posterior again")
+    return state
+
+
+def read_adapter(folder: Path) -> LoraConfig:
+    """The `peft.LoraConfig` of a posterior, which must be the one that ``posterior.json`` was written for.
+
+    Raises:
+        ArchiveError: Missing, damaged, or no configuration of LoRA.
+    """
+    path, meta = folder / _ADAPTER, read_meta(folder)
+    try:
+        if meta["format"] != 1 and _digest(path) != meta["adapter_sha256"]:
+            raise ArchiveError(f"{path} is damaged, or not the file that {_META} belongs to (their SHA-256 differ)")
+        return read_config(folder)
+    except FileNotFoundError:
+        raise ArchiveError(f"{path} does not exist") from None
+    except (OSError, AdapterError) as error:
+        raise ArchiveError(f"{path} cannot be read: {error}") from error
 
 
 def check_fits(program: PyroLoRA, meta: Mapping[str, Any], folder: Path) -> None:
@@ -196,6 +246,15 @@ def check_fits(program: PyroLoRA, meta: Mapping[str, Any], folder: Path) -> None
 
 
 @contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Whatever a block raises on content that this package did not write becomes an `ArchiveError`."""
+    try:
+        yield
+    except Exception as error:
+        raise ArchiveError(f"{what}: {str(error) or repr(error)}") from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to, which takes its place at the end of a block that did not raise."""
     new = path.with_name(f"{path.name}.new")
@@ -208,6 +267,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _json(content: Any) -> str:
     return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's own form of a configuration in JSON; in a fixed order, which its sets do not have."""
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in sorted(config.items())}
 
 
 def _finite(content: Any) -> Any:

@@ -64,6 +64,9 @@ def fit(
     Works on a copy of the guide: the one given is not changed, can be fitted again, and no other posterior changes.
     The caller's random state is not changed either.
 
+    Under ``torchrun`` or ``accelerate launch`` the batches of all processes count as one, each with noise of its own,
+    and all end with the same posterior; what comes after the training (curvature) each does whole.
+
     Args:
         program: The Pyro model.
         guide: Any guide.
@@ -120,7 +123,17 @@ def _fit_part(
         _check_first_batch(program, train)
     guide.eval()
     guide.post_fit(program, train)
+    _check_finite(guide)
     return history
+
+
+def _check_finite(guide: Guide) -> None:
+    """The last update, or what follows the training, may leave NaN that no further step would notice."""
+    if bad := [name for name, value in guide.state_dict().items() if not torch.isfinite(value).all()]:
+        raise NonFiniteError(
+            f"after the last step {', '.join(bad[:5])} of {type(guide).__name__} is not finite; nothing is saved. "
+            "Lower the learning rate, check the base model's weights, or widen the prior."
+        )
 
 
 def _of_member(args: TrainingArguments, index: int) -> TrainingArguments:

@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from pyro import poutine
 from torch import Tensor, nn
 from xarray import DataTree
 
 from pyrolora.adapters.checkpoint import export_adapter, fingerprint
 from pyrolora.guides.base import Guide, matches
-from pyrolora.inference import archive, datatree
-from pyrolora.inference.archive import ArchiveError
+from pyrolora.inference import archive, datatree, processes
 from pyrolora.inference.density import paired_traces, traces, values_of
 from pyrolora.inference.display import table
 from pyrolora.inference.inputs import describe_inputs
@@ -281,12 +279,13 @@ class Posterior:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes the posterior: ``posterior.safetensors``, ``posterior.json``, and PEFT's ``adapter_config.json``.
 
-        The base weights are not in it, only their fingerprint.
+        The base weights are not in it, only their fingerprint. Of several processes only the first writes.
         """
         folder = Path(folder)
+        if processes.rank() > 0:
+            return folder
         config = self.program.model.peft_config[self.program.adapter_name]
-        archive.write(folder, state=self.guide.state_dict(), meta=self._meta())
-        config.save_pretrained(str(folder))
+        archive.write(folder, state=self.guide.state_dict(), meta=self._meta(), adapter=config)
         return folder
 
     def _meta(self) -> dict[str, Any]:
@@ -331,25 +330,16 @@ class Posterior:
         where = str(folder / "posterior.json")
         if priors is None:
             priors = archive.rebuild(meta["priors"], where=where)
-        if not (folder / "adapter_config.json").is_file():
-            raise ArchiveError(f"{folder / 'adapter_config.json'} does not exist")
-        try:
-            config = LoraConfig.from_pretrained(str(folder))
-        except ValueError as error:
-            raise ArchiveError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
+        config = archive.read_adapter(folder)
         likelihood = archive.rebuild(meta["likelihood"], where=where)
-        with isolated(0):
+        with archive.refusing(f"{folder} does not fit this base model"), isolated(0):
             program = PyroLoRA(base_model, config, priors=priors, likelihood=likelihood, num_data=meta["num_data"])
         program.task = task
         archive.check_fits(program, meta, folder)
         guide = archive.rebuild(meta["guide"], where=where)
-        guide.bind(program)
-        try:
+        with archive.refusing(f"{folder / 'posterior.safetensors'} does not fit its posterior.json"):
+            guide.bind(program)
             guide.load_state_dict(state)
-        except RuntimeError as error:
-            raise ArchiveError(
-                f"{folder / 'posterior.safetensors'} does not fit its posterior.json: {error}"
-            ) from error
         posterior = cls(program, guide.to(program.device), temperature=meta["temperature"], seed=meta["seed"])
         posterior.scaling, posterior.history = meta["scaling"], meta["history"]
         guide.eval()

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from pyrolora.guides.base import Step
+from pyrolora.inference import processes
 from pyrolora.inference.elbo import Objective, Terms
 from pyrolora.inference.randomness import isolated
 
@@ -24,7 +25,7 @@ class ELBOTrainer(Trainer):
     """A `Trainer` whose model is an `Objective`.
 
     The loss is ``−L_β / N`` of each (micro-)batch. It is a mean over the batch plus KL/N, so accumulation and data
-    parallelism, which average losses, count the KL exactly once per step.
+    parallelism, which average losses, count the KL exactly once per step. Each process has noise of its own.
 
     Logs the terms of the objective in nats per training example, see `summary`, each the mean over the steps since
     the last log.
@@ -55,11 +56,16 @@ class ELBOTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """``−L_β / N``, checked."""
-        loss = model(inputs)
+        with processes.own_noise():
+            loss = model(inputs)
         terms = self.objective.elbo.terms
         assert terms is not None
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(self._explain(terms, inputs))
+        finite = bool(torch.isfinite(loss))
+        if not self._everywhere(finite):
+            # All stop together: the others would wait for this one's gradient.
+            raise NonFiniteError(
+                "the objective is not finite in another process." if finite else self._explain(terms, inputs)
+            )
         if self.objective.training:
             self._terms.append(terms)
         return loss
@@ -90,12 +96,26 @@ class ELBOTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the terms of the objective to what the Trainer logs."""
         if self._terms and "loss" in logs:
-            logs = {**logs, **summary(self._terms, self.objective)}
+            logs = {**logs, **self._over_processes(summary(self._terms, self.objective))}
             self._terms = []
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         return 0
+
+    def _everywhere(self, condition: bool) -> bool:
+        """Whether a condition holds in every process."""
+        if self.args.world_size == 1:
+            return condition
+        holds = torch.tensor(float(condition), device=self.args.device)
+        return bool(self.accelerator.reduce(holds, "sum") == self.args.world_size)
+
+    def _over_processes(self, terms: dict[str, float]) -> dict[str, float]:
+        """The mean over all processes."""
+        if self.args.world_size == 1:
+            return terms
+        values = torch.tensor(list(terms.values()), dtype=torch.double, device=self.args.device)
+        return dict(zip(terms, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
     def finished(self, checkpoint: Path) -> list[dict[str, Any]] | None:
         """Loads the checkpoint of a run that has had all its steps, and returns its log; None where steps are left.

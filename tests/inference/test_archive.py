@@ -7,11 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from pyrolora import guides, likelihoods, priors
 from pyrolora.inference import archive
-from pyrolora.inference.archive import ArchiveError, describe, read_meta, read_state, rebuild, write, write_json
+from pyrolora.inference.archive import (
+    ArchiveError,
+    describe,
+    read_adapter,
+    read_meta,
+    read_state,
+    rebuild,
+    sealed,
+    write,
+    write_json,
+)
 
 META = {
     "guide": {"class": "guides.MAP", "init": {}},
@@ -24,13 +35,21 @@ META = {
     "fingerprint": "ab" * 32,
     "history": [{"loss": 1.5}],
 }
+ADAPTER = LoraConfig(r=3, lora_alpha=7, target_modules=["query", "value"], task_type="SEQ_CLS")
+FILES = ("posterior.json", "posterior.safetensors", "adapter_config.json")
 STATE = {"points.a": torch.arange(6.0).reshape(2, 3), "points.b": torch.ones(4, dtype=torch.bfloat16)}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write(tmp_path, state=STATE, meta=META)
+    write(tmp_path, state=STATE, meta=META, adapter=ADAPTER)
     return tmp_path
+
+
+def change(folder: Path, **fields: object) -> None:
+    """Other metadata under a checksum of its own: what somebody writes who knows the format."""
+    meta = {**json.loads((folder / "posterior.json").read_text()), **fields}
+    write_json(folder / "posterior.json", sealed({name: value for name, value in meta.items() if value is not ...}))
 
 
 def arguments(thing: object) -> dict:
@@ -211,7 +230,7 @@ def test_what_is_written_is_read(folder):
     for name, value in STATE.items():
         assert state[name].dtype == value.dtype and torch.equal(state[name], value)
     assert {name: meta[name] for name in META} == META
-    assert sorted(path.name for path in folder.iterdir()) == ["posterior.json", "posterior.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     assert load_file(folder / "posterior.safetensors").keys() == STATE.keys()  # an ordinary safetensors file
 
 
@@ -223,16 +242,16 @@ def test_any_tensor_can_be_written(tmp_path):
         "expanded": torch.zeros(()).expand(3),
         "scalar": torch.tensor(3),
     }
-    write(tmp_path, state=state, meta=META)
+    write(tmp_path, state=state, meta=META, adapter=ADAPTER)
     assert all(torch.equal(value, state[name]) for name, value in read_state(tmp_path).items())
-    write(tmp_path, state={}, meta=META)
+    write(tmp_path, state={}, meta=META, adapter=ADAPTER)
     assert read_state(tmp_path) == {}
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     """Law: a log with NaN or infinity does not keep a posterior from being saved; strict JSON has null there."""
     history = [{"loss": float("nan"), "grad_norm": (float("inf"), 1.0)}]
-    write(tmp_path, state=STATE, meta={**META, "history": history})
+    write(tmp_path, state=STATE, meta={**META, "history": history}, adapter=ADAPTER)
     assert read_meta(tmp_path)["history"] == [{"loss": None, "grad_norm": [None, 1.0]}]
     assert "NaN" not in (tmp_path / "posterior.json").read_text()
 
@@ -252,8 +271,8 @@ def test_a_failed_write_leaves_the_old_posterior(folder, monkeypatch, step):
     else:
         monkeypatch.setattr(os, "replace", fail)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises((OSError, TypeError)):
-        write(folder, state={"other": torch.zeros(3)}, meta=meta)
+    with pytest.raises((ArchiveError, TypeError), match=r"no space left on device. What was there|not JSON"):
+        write(folder, state={"other": torch.zeros(3)}, meta=meta, adapter=ADAPTER)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -289,6 +308,47 @@ def test_every_flipped_bit_of_the_tensors_is_noticed(folder):
             read_state(folder)
 
 
+@pytest.mark.parametrize("name", ["posterior.json", "adapter_config.json"])
+def test_every_flipped_bit_of_the_json_is_noticed(folder, name):
+    """Law: one bit flipped in a number, a name or a bracket is an error that names the file, or changes no value."""
+    path = folder / name
+    whole, meta, adapter = path.read_bytes(), read_meta(folder), read_adapter(folder)
+    for position in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << (position % 7)
+        path.write_bytes(bytes(flipped))
+        try:
+            assert (read_meta(folder), read_adapter(folder)) == (meta, adapter)  # a space that became another
+        except ArchiveError as error:
+            assert name in str(error)
+
+
+def test_folders_of_the_first_format_are_read(folder):
+    """Law: format 1, which had no checksums of its JSON files, is read without them."""
+    change(folder, format=1, adapter_sha256=..., scaling=...)
+    meta = json.loads((folder / "posterior.json").read_text())
+    write_json(folder / "posterior.json", {name: value for name, value in meta.items() if name != "checksum"})
+    assert read_meta(folder)["num_data"] == 10 and read_meta(folder)["scaling"] == 1.0
+    assert read_adapter(folder).r == 3 and read_state(folder).keys() == STATE.keys()
+
+
+def test_the_configuration_is_the_one_that_peft_writes(folder, tmp_path):
+    """Law: adapter_config.json has the content that PEFT's own save_pretrained gives it."""
+    ADAPTER.save_pretrained(str(tmp_path / "peft"))
+    mine, theirs = (json.loads((f / "adapter_config.json").read_text()) for f in (folder, tmp_path / "peft"))
+    for content in (mine, theirs):
+        content["target_modules"] = sorted(content["target_modules"])
+    assert mine == theirs
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tensors_that_are_not_finite_are_refused(tmp_path, value):
+    """Law: NaN or infinity in a saved tensor is an error that names it, though every checksum is right."""
+    write(tmp_path, state={**STATE, "loc.x": torch.tensor([1.0, value])}, meta=META, adapter=ADAPTER)
+    with pytest.raises(ArchiveError, match=r"NaN or infinity in loc\.x"):
+        read_state(tmp_path)
+
+
 def test_tensors_of_another_posterior_are_noticed(folder):
     """Law: a valid tensor file that the JSON was not written for is an error, not another posterior's weights."""
     save_file({name: value + 1 for name, value in STATE.items()}, str(folder / "posterior.safetensors"))
@@ -300,8 +360,7 @@ def test_a_file_that_is_no_safetensors_file(folder):
     """Law: a foreign file is an error also where its digest is the one that the JSON states."""
     path = folder / "posterior.safetensors"
     path.write_bytes(b"\x80\x04pickle, perhaps")
-    meta = read_meta(folder)
-    write_json(folder / "posterior.json", {**meta, "sha256": archive._digest(path)})
+    change(folder, sha256=archive._digest(path))
     with pytest.raises(ArchiveError, match="not a safetensors file"):
         read_state(folder)
 
@@ -340,11 +399,11 @@ def test_foreign_json(folder, content):
         read_meta(folder)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
+@pytest.mark.parametrize("version", [3, 0, "1", None])
 def test_other_formats(folder, version):
     """Law: another format is an error that shows both versions, whatever else the file holds."""
     write_json(folder / "posterior.json", {"format": version, "new_field": 1})
-    with pytest.raises(ArchiveError, match=rf"format {version}, this version reads 1"):
+    with pytest.raises(ArchiveError, match=rf"format {version}, this version reads up to 2"):
         read_meta(folder)
 
 
@@ -352,18 +411,14 @@ def test_other_formats(folder, version):
 @pytest.mark.parametrize("value", [None, object])
 def test_missing_and_mistyped_fields(folder, field, value):
     """Law: a field that is missing or of another type is named before anything is built from the file."""
-    meta = read_meta(folder)
-    if value is None:
-        del meta[field]
-    else:
-        meta[field] = 3.5 if isinstance(meta[field], str) else "text"
-    write_json(folder / "posterior.json", meta)
+    other = 3.5 if isinstance(read_meta(folder)[field], str) else "text"
+    change(folder, **{field: ... if value is None else other})
     with pytest.raises(ArchiveError, match=rf"not a whole posterior: {field} missing or of another type"):
         read_meta(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("other", "named"),
     [
         ({"guide": {"class": "priors.Flat", "init": {}}}, "guide"),
         ({"guide": {"class_path": "os.system", "init_args": {"command": "true"}}}, "guide"),
@@ -376,9 +431,9 @@ def test_missing_and_mistyped_fields(folder, field, value):
     ],
     ids=str,
 )
-def test_each_place_holds_its_own_kind(folder, change, named):
+def test_each_place_holds_its_own_kind(folder, other, named):
     """Law: where a guide belongs stands a guide, likewise likelihood and priors; else the place is named."""
-    write_json(folder / "posterior.json", {**read_meta(folder), **change})
+    change(folder, **other)
     with pytest.raises(ArchiveError, match=rf"posterior\.json: {named}: another kind of thing"):
         read_meta(folder)
 
@@ -386,5 +441,5 @@ def test_each_place_holds_its_own_kind(folder, change, named):
 def test_somebodys_own_code_may_stand_anywhere(folder):
     """Law: reading the metadata does not refuse what can only be given again; building it does."""
     own = {"custom": "mine"}
-    write_json(folder / "posterior.json", {**read_meta(folder), "guide": own, "likelihood": own, "priors": {"*": own}})
+    change(folder, guide=own, likelihood=own, priors={"*": own})
     assert read_meta(folder)["guide"] == own

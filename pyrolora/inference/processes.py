@@ -1,0 +1,54 @@
+"""Several processes on one fit (``torchrun``, ``accelerate launch``): which of them writes, and their noise."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from contextlib import AbstractContextManager
+
+import torch
+from torch import distributed
+
+from pyrolora.inference.randomness import isolated, spawn
+
+
+def rank() -> int:
+    """The number of this process among those that fit together; 0 where it is alone."""
+    return distributed.get_rank() if _together() else 0
+
+
+def count() -> int:
+    """How many processes fit together."""
+    return distributed.get_world_size() if _together() else 1
+
+
+def wait() -> None:
+    """Goes on when every process has come here."""
+    if _together():
+        distributed.barrier()
+
+
+def own_noise() -> AbstractContextManager[None]:
+    """A block whose random numbers are this process's own; outside of it all processes draw the same ones.
+
+    One seed is drawn from the random state that they share, which checkpoints hold: noise is independent over
+    processes, the same in every run of as many, and whatever else is random (points of SGLD, labels of a Fisher
+    information) stays the same everywhere. A process that is alone goes on with its own random state.
+    """
+    if count() == 1:
+        return contextlib.nullcontext()
+    return isolated(spawn(int(torch.randint(2**62, ())), rank()))
+
+
+def refuse(what: str, instead: str) -> None:
+    """Stops what several processes would only do several times over, in one another's way.
+
+    Raises:
+        ValueError: Several processes were launched.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{what} is the work of one process, not of {os.environ['WORLD_SIZE']}: {instead}")
+
+
+def _together() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

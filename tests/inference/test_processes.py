@@ -1,0 +1,188 @@
+"""Several processes on one fit: the joint batch, independent noise, one posterior, one writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pyrolora.inference import processes
+from pyrolora.inference.randomness import isolated, spawn
+
+ROOT = Path(__file__).parents[2]
+
+# One program for one process and for two: fits of several guides, their states, draws of the noise, predictions.
+SCRIPT = """
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import TrainingArguments
+
+from pyrolora.guides.laplace import Laplace
+from pyrolora.guides.map import MAP
+from pyrolora.guides.mean_field import MeanField
+from pyrolora.guides.sgld import SGLD
+from pyrolora.inference import processes
+from pyrolora.inference.elbo import Objective
+from pyrolora.inference.fit import fit
+from pyrolora.inference.trainer import NonFiniteError
+from tests.programs import sentence_task, tiny_program
+
+torch.set_num_threads(1)
+out, batch = Path(sys.argv[1]), int(sys.argv[2])
+noises = []
+evaluate = Objective.forward
+
+def watched(self, inputs):
+    noises.append(float(torch.get_rng_state().double().sum()))
+    return evaluate(self, inputs)
+
+Objective.forward = watched
+record = {"logs": {}, "noises": {}}
+tensors = {}
+for guide in (MAP(), MeanField(), Laplace(precision=1.0, rank=2), SGLD(size=2, cycles=1)):
+    name = type(guide).__name__
+    noises.clear()
+    args = TrainingArguments(
+        output_dir=str(out / "run" / name), max_steps=4, per_device_train_batch_size=batch, learning_rate=1e-2,
+        disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1, seed=3, use_cpu=True)
+    posterior = fit(tiny_program(), guide, args=args)
+    posterior.save_pretrained(out / name)
+    record["logs"][name] = [row for row in posterior.history if "elbo" in row]
+    record["noises"][name] = list(noises)
+    tensors |= {f"{name}/{key}": value.clone() for key, value in posterior.guide.state_dict().items()}
+    tensors[f"{name}/prediction"] = posterior.predict(sentence_task().test, 3).log_mean
+    tensors[f"{name}/next"] = torch.rand(2)
+if processes.count() == 2:
+    Objective.forward = lambda self, batch: evaluate(self, batch) * (float("nan") if processes.rank() == 1 else 1.0)
+    args.output_dir = str(out)
+    try:
+        fit(tiny_program(), MAP(), args=args)
+    except NonFiniteError as error:
+        record["error"] = str(error)
+save_file(tensors, out / f"rank{processes.rank()}.safetensors")
+(out / f"rank{processes.rank()}.json").write_text(json.dumps({**record, "count": processes.count()}))
+"""
+NAMES = ("MAP", "MeanField", "Laplace", "SGLD")
+
+
+def launch(folder: Path, script: str, *arguments: object, together: int) -> None:
+    folder.mkdir(parents=True)
+    (folder / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    start = [sys.executable]
+    if together > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={together}"]
+    command = [*start, str(folder / "script.py"), str(folder), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], list[dict[str, torch.Tensor]]]:
+    """What one process found with batches of 8, and what each of two found with batches of 4."""
+    folder = tmp_path_factory.mktemp("processes")
+    launch(folder / "one", SCRIPT, 8, together=1)
+    launch(folder / "two", SCRIPT, 4, together=2)
+    files = [folder / "one" / "rank0", folder / "two" / "rank0", folder / "two" / "rank1"]
+    records = [json.loads(file.with_suffix(".json").read_text()) for file in files]
+    assert load_file(folder / "two" / "last-good" / "posterior.safetensors")
+    written = sorted(path.name for path in (folder / "two" / "MAP").iterdir())
+    assert written == ["adapter_config.json", "posterior.json", "posterior.safetensors"]
+    return records, [load_file(file.with_suffix(".safetensors")) for file in files]
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(fitted) -> None:
+    """Law: without noise (MAP) two processes with batches of 4 take the steps of one with batches of 8: the data term
+    is scaled by the joint batch and log p(θ) counts once; the Laplace curvature at the end agrees too."""
+    (one, two, _), (alone, first, _) = fitted
+    assert (one["count"], two["count"]) == (1, 2)
+    for name in ("MAP", "Laplace"):
+        for key in (key for key in alone if key.startswith(f"{name}/") and not key.endswith("/next")):
+            torch.testing.assert_close(
+                first[key], alone[key], rtol=1e-3, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
+            )
+        for mine, theirs in zip(two["logs"][name], one["logs"][name], strict=True):
+            assert mine["elbo"] == pytest.approx(theirs["elbo"], rel=1e-5)
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_all_processes_have_one_posterior(fitted) -> None:
+    """Law: parameters, buffers, predictions and the shared random state are the same bits in every process."""
+    _, (_, first, second) = fitted
+    assert first.keys() == second.keys()
+    different = [key for key in first if not torch.equal(first[key], second[key])]
+    assert not different
+
+
+@pytest.mark.slow
+def test_noise_is_each_processes_own(fitted) -> None:
+    """Law: at each step the random states of the forward pass differ between processes and steps."""
+    (_, first, second), _ = fitted
+    for name in NAMES:
+        assert len({*first["noises"][name], *second["noises"][name]}) == 8
+
+
+@pytest.mark.slow
+def test_the_log_is_of_all_processes(fitted) -> None:
+    """Law: every process logs the same terms, and they add up to the loss, which is a mean over processes."""
+    (_, first, second), _ = fitted
+    for name in NAMES:
+        assert [row["elbo"] for row in first["logs"][name]] == [row["elbo"] for row in second["logs"][name]]
+        for row in first["logs"][name]:
+            assert row["objective"] == pytest.approx(-row["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_nan_in_one_process_stops_all(fitted) -> None:
+    """Law: where one process has NaN every process stops with an error, and the last good state is on disk."""
+    (_, first, second), _ = fitted
+    assert (
+        "not finite in another process" in first["error"] and "step 1: the objective is not finite" in second["error"]
+    )
+
+
+def test_a_process_that_is_alone() -> None:
+    """Law: without a process group there is one process, which waits for nobody and keeps its random state."""
+    assert (processes.rank(), processes.count()) == (0, 1)
+    processes.wait()
+    with isolated(0):
+        expected = torch.rand(3)
+    with isolated(0), processes.own_noise():
+        assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_own_noise_by_hand(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Law: inside, process r draws from seed spawn(s, r), s from the shared state, which moves on by one number."""
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "rank", lambda: rank)
+    with isolated(0):
+        seed, after = int(torch.randint(2**62, ())), torch.rand(2)
+    with isolated(spawn(seed, rank)):
+        own = torch.rand(3)
+    with isolated(0):
+        with processes.own_noise():
+            assert torch.equal(torch.rand(3), own)
+        assert torch.equal(torch.rand(2), after)
+
+
+def test_work_of_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: under a launcher with several processes it stops and says what to do instead; under one it goes on."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="a comparison is the work of one process, not of 2: start it alone"):
+        processes.refuse("a comparison", "start it alone")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    processes.refuse("a comparison", "start it alone")
