@@ -12,12 +12,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import hypothesis
 import pyro
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+
+# The same examples in every run, as few as a busy machine has time for, and none kept between runs.
+hypothesis.settings.register_profile("tests", derandomize=True, max_examples=25, deadline=None, database=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session", autouse=True)
