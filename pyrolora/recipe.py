@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib.util
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -313,8 +314,10 @@ def located(value: Any, folder: Path) -> Any:
     """
     if isinstance(value, Mapping):
         return {name: located(inner, folder) for name, inner in value.items()}
-    beside = folder / value if isinstance(value, str) and value else None
-    return str(beside.resolve()) if beside is not None and beside.exists() else value
+    if not isinstance(value, str) or not value:
+        return value
+    # Unlike Path.exists, os.path.exists takes a text that can be no path for one that does not exist.
+    return str((folder / value).resolve()) if os.path.exists(folder / value) else value
 
 
 class _Loader(yaml.SafeLoader):

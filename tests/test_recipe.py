@@ -442,3 +442,19 @@ def test_an_ensemble_names_the_guide_of_its_members(tmp_path: Path) -> None:
     wrong = Recipe.read(write_recipe(tmp_path, guides={"Ensemble": {"guide": "MeanFeild"}}))
     with pytest.raises(RecipeError, match="did you mean 'MeanField'"):
         wrong.build_guide("Ensemble")
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 20_000, "a: " * 20_000, "\0", "base: \x01"], ids=["deep", "colons", "nul", "control"]
+)
+def test_hostile_yaml_is_refused(tmp_path: Path, content: str) -> None:
+    """Law: bottomless nesting and characters that YAML has not are errors that name the file."""
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        Recipe.read(tmp_path / "recipe.yaml")
+
+
+def test_text_that_can_be_no_path_stays_text(tmp_path: Path) -> None:
+    """Law: what is longer than a file's name may be, or holds a zero byte, is not looked for as a file."""
+    for name in ("x" * 10_000, "a\0b", ""):
+        assert located(name, tmp_path) == name

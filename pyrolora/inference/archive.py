@@ -182,6 +182,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise ArchiveError(f"{path} is not a whole posterior: {', '.join(wrong)} missing or of another type")
     if not meta["scaling"] > 0:
         raise ArchiveError(f"{path}: the temperature of a predictive is positive, not {meta['scaling']}")
+    if not (meta["num_data"] >= 1 and meta["temperature"] >= 0 and meta["seed"] >= 0):
+        raise ArchiveError(f"{path}: num_data is at least 1, temperature and seed are at least 0")
     described = {"guide": (meta["guide"], "guides"), "likelihood": (meta["likelihood"], "likelihoods")}
     described |= {f"the prior for {name!r}": (prior, "priors") for name, prior in meta["priors"].items()}
     if foreign := [name for name, (description, kind) in described.items() if not _is_of_kind(description, kind)]:

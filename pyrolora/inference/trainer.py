@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
@@ -99,6 +100,15 @@ class ELBOTrainer(Trainer):
             logs = {**logs, **self._over_processes(summary(self._terms, self.objective))}
             self._terms = []
         super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            raise OSError(
+                f"step {self.state.global_step}: the checkpoint cannot be written to {self.args.output_dir}: {error}. "
+                f"The last complete one is {last_checkpoint(str(self.args.output_dir))}; make room, and resume."
+            ) from error
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         return 0

@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,12 @@ def _read_named(source: DataSource, split: str, text_columns: Sequence[str]) -> 
     if suffix in readers:
         if not path.is_file():
             raise DataError(f"{path}: no such file (wanted for the {split} split).")
-        return readers[suffix](path)
+        try:
+            return readers[suffix](path)
+        except DataError:
+            raise
+        except (OSError, EOFError, UnicodeDecodeError, RecursionError, zlib.error, pa.ArrowException) as error:
+            raise DataError(f"{path}: damaged, or no {suffix} file in UTF-8: {error}") from error
     if path.is_file():
         raise DataError(f"{path}: cannot read '{suffix}' files; use one of {', '.join(readers)} (.gz for text).")
     hub_split = source.split or split

@@ -11,23 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-from pyrolora.inference import processes
-from pyrolora.inference.randomness import isolated, spawn
-
-ROOT = Path(__file__).parents[2]
-
-# One program for one process and for two: fits of several guides, their states, draws of the noise, predictions.
-SCRIPT = """
-import json
-import sys
-from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
+from pyrolora.guides.base import Guide
 from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
@@ -35,70 +22,73 @@ from pyrolora.guides.sgld import SGLD
 from pyrolora.inference import processes
 from pyrolora.inference.elbo import Objective
 from pyrolora.inference.fit import fit
+from pyrolora.inference.randomness import isolated, spawn
 from pyrolora.inference.trainer import NonFiniteError
 from tests.programs import sentence_task, tiny_program
 
-torch.set_num_threads(1)
-out, batch = Path(sys.argv[1]), int(sys.argv[2])
-noises = []
-evaluate = Objective.forward
+ROOT = Path(__file__).parents[2]
+GUIDES: tuple[Guide, ...] = (MAP(), MeanField(), Laplace(precision=1.0, rank=2), SGLD(size=2, cycles=1))
+NAMES = [type(guide).__name__ for guide in GUIDES]
 
-def watched(self, inputs):
-    noises.append(float(torch.get_rng_state().double().sum()))
-    return evaluate(self, inputs)
 
-Objective.forward = watched
-record = {"logs": {}, "noises": {}}
-tensors = {}
-for guide in (MAP(), MeanField(), Laplace(precision=1.0, rank=2), SGLD(size=2, cycles=1)):
-    name = type(guide).__name__
-    noises.clear()
-    args = TrainingArguments(
-        output_dir=str(out / "run" / name), max_steps=4, per_device_train_batch_size=batch, learning_rate=1e-2,
-        disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1, seed=3, use_cpu=True)
-    posterior = fit(tiny_program(), guide, args=args)
-    posterior.save_pretrained(out / name)
-    record["logs"][name] = [row for row in posterior.history if "elbo" in row]
-    record["noises"][name] = list(noises)
-    tensors |= {f"{name}/{key}": value.clone() for key, value in posterior.guide.state_dict().items()}
-    tensors[f"{name}/prediction"] = posterior.predict(sentence_task().test, 3).log_mean
-    tensors[f"{name}/next"] = torch.rand(2)
-if processes.count() == 2:
-    Objective.forward = lambda self, batch: evaluate(self, batch) * (float("nan") if processes.rank() == 1 else 1.0)
-    args.output_dir = str(out)
+def work(out: Path, batch_size: int) -> None:
+    """What one process does, alone or among several: fits, and what is left of them in files of its own."""
+    evaluate, noises = Objective.forward, []
+
+    def watched(self: Objective, batch: Any) -> torch.Tensor:
+        noises.append(float(torch.get_rng_state().double().sum()))
+        return evaluate(self, batch)
+
+    def spoilt(self: Objective, batch: Any) -> torch.Tensor:
+        return evaluate(self, batch) * (float("nan") if processes.rank() == 1 else 1.0)
+
+    record: dict[str, Any] = {"logs": {}, "noises": {}}
+    tensors = {}
+    Objective.forward = watched  # type: ignore[method-assign]
     try:
-        fit(tiny_program(), MAP(), args=args)
-    except NonFiniteError as error:
-        record["error"] = str(error)
-save_file(tensors, out / f"rank{processes.rank()}.safetensors")
-(out / f"rank{processes.rank()}.json").write_text(json.dumps({**record, "count": processes.count()}))
-"""
-NAMES = ("MAP", "MeanField", "Laplace", "SGLD")
+        for name, guide in zip(NAMES, GUIDES, strict=True):
+            noises.clear()
+            posterior = fit(tiny_program(), guide, args=arguments(out / "run" / name, batch_size))
+            posterior.save_pretrained(out / name)
+            record["logs"][name] = [row for row in posterior.history if "elbo" in row]
+            record["noises"][name] = list(noises)
+            tensors |= {f"{name}/{key}": value.clone() for key, value in posterior.guide.state_dict().items()}
+            tensors[f"{name}/prediction"] = posterior.predict(sentence_task().test, 3).log_mean
+        if processes.count() > 1:
+            Objective.forward = spoilt  # type: ignore[method-assign]
+            with pytest.raises(NonFiniteError) as error:
+                fit(tiny_program(), MAP(), args=arguments(out, batch_size))
+            record["error"] = str(error.value)
+    finally:
+        Objective.forward = evaluate  # type: ignore[method-assign]
+    save_file(tensors, out / f"rank{processes.rank()}.safetensors")
+    (out / f"rank{processes.rank()}.json").write_text(json.dumps({**record, "count": processes.count()}))
 
 
-def launch(folder: Path, script: str, *arguments: object, together: int) -> None:
-    folder.mkdir(parents=True)
-    (folder / "script.py").write_text(script)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    start = [sys.executable]
-    if together > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={together}"]
-    command = [*start, str(folder / "script.py"), str(folder), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def arguments(folder: Path, batch_size: int) -> TrainingArguments:
+    chosen: dict = {"max_steps": 4, "learning_rate": 1e-2, "disable_tqdm": True, "report_to": "none", "seed": 3}
+    chosen |= {"save_strategy": "no", "logging_steps": 1, "use_cpu": True, "per_device_train_batch_size": batch_size}
+    return TrainingArguments(output_dir=str(folder), **chosen)
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], list[dict[str, torch.Tensor]]]:
     """What one process found with batches of 8, and what each of two found with batches of 4."""
     folder = tmp_path_factory.mktemp("processes")
-    launch(folder / "one", SCRIPT, 8, together=1)
-    launch(folder / "two", SCRIPT, 4, together=2)
-    files = [folder / "one" / "rank0", folder / "two" / "rank0", folder / "two" / "rank1"]
+    one, two = folder / "one", folder / "two"
+    two.mkdir()
+    work(one, 8)
+    script = two / "script.py"
+    script.write_text("import sys, pathlib, tests.inference.test_processes as t; t.work(pathlib.Path(sys.argv[1]), 4)")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(script), str(two)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = [one / "rank0", two / "rank0", two / "rank1"]
     records = [json.loads(file.with_suffix(".json").read_text()) for file in files]
-    assert load_file(folder / "two" / "last-good" / "posterior.safetensors")
-    written = sorted(path.name for path in (folder / "two" / "MAP").iterdir())
+    written = sorted(path.name for path in (two / "MAP").iterdir())
     assert written == ["adapter_config.json", "posterior.json", "posterior.safetensors"]
+    assert load_file(two / "last-good" / "posterior.safetensors")
     return records, [load_file(file.with_suffix(".safetensors")) for file in files]
 
 
@@ -109,7 +99,7 @@ def test_two_processes_take_the_steps_of_one(fitted) -> None:
     (one, two, _), (alone, first, _) = fitted
     assert (one["count"], two["count"]) == (1, 2)
     for name in ("MAP", "Laplace"):
-        for key in (key for key in alone if key.startswith(f"{name}/") and not key.endswith("/next")):
+        for key in (key for key in alone if key.startswith(f"{name}/")):
             torch.testing.assert_close(
                 first[key], alone[key], rtol=1e-3, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
             )
@@ -120,7 +110,7 @@ def test_two_processes_take_the_steps_of_one(fitted) -> None:
 
 @pytest.mark.slow
 def test_all_processes_have_one_posterior(fitted) -> None:
-    """Law: parameters, buffers, predictions and the shared random state are the same bits in every process."""
+    """Law: parameters, buffers, and predictions are the same bits in every process."""
     _, (_, first, second) = fitted
     assert first.keys() == second.keys()
     different = [key for key in first if not torch.equal(first[key], second[key])]

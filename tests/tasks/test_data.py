@@ -198,3 +198,26 @@ def test_fields_of_a_column_are_columns(tmp_path):
         table = read(source, split="train")
         assert sorted(table.names) == ["choices.label", "choices.text", "id"]
         assert table.column("choices.text") == [["a", "b"]] and table.column("id") == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"text": "caf\xe9", "label": 0}\n'),
+        ("a.jsonl", b'{"a":' * 100_000),
+        ("a.json", b"[" * 100_000),
+        ("a.txt", b"\xff\xfe"),
+        ("a.csv", b"text,label\ncaf\xe9,0\n"),
+        ("a.parquet", b"PAR1 and then something else PAR1"),
+        ("a.jsonl.gz", b"not compressed"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a", "label": 0}\n' * 99)[:-12]),
+        ("a.txt.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff" + b"\xff" * 20),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(value[:12]),
+)
+def test_damaged_files_are_named(tmp_path, name, content):
+    """Law: text in another encoding, bottomless nesting, and files that are cut or of another kind are errors that
+    name the file."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name.replace(".", r"\.")):
+        read(tmp_path / name, split="train", text_columns=("text",))
