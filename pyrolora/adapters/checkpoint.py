@@ -36,7 +36,7 @@ def load_adapter(base_model: nn.Module, folder: str | Path) -> PeftModel:
     config, saved = read_config(folder), _saved_names(folder)
     try:
         model = PeftModel.from_pretrained(base_model, str(folder), config=config)  # type: ignore[arg-type]
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         # torch lists every mismatch; the first says enough.
         first = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise AdapterError(f"{folder}: the adapter does not fit this base model: {first}") from error

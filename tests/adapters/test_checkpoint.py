@@ -124,6 +124,29 @@ def test_other_kinds_of_adapter_are_refused(architecture, tmp_path):
         load_adapter(architecture.base(), tmp_path)
 
 
+@llama
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"megatron_config": {"x": 1}, "megatron_core": "this"}, "code of Megatron"),
+        ({"peft_type": ["LORA"]}, "cannot be read"),
+        ({"r": "x"}, "cannot be read|does not fit"),
+        ({"task_type": 7}, "cannot be read"),
+    ],
+    ids=str,
+)
+def test_hostile_configurations_are_refused(architecture, fields, message, tmp_path):
+    """Law: a configuration that asks for code, or whose fields have other types, is an error of ours; none is run."""
+    architecture.inject().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(architecture.base(), tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(AdapterError, match=r"adapter_config\.json cannot be read"):
+        load_adapter(architecture.base(), tmp_path)
+
+
 @bert
 def test_an_adapter_for_another_base_is_refused(architecture, tmp_path):
     """Law: other modules, other widths, more or fewer layers, or no head: an error that names the folder."""

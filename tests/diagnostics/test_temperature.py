@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import math
 
@@ -14,7 +15,7 @@ from pyrolora.diagnostics.temperature import calibrate, fit_temperature, scale
 from pyrolora.guides.ensemble import Ensemble
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
-from pyrolora.inference.archive import ArchiveError
+from pyrolora.inference.archive import ArchiveError, sealed, write_json
 from pyrolora.inference.posterior import Posterior
 from tests.programs import relabelled, sentence_task, tiny_bert, untrained
 
@@ -155,10 +156,10 @@ def test_calibration_is_saved_with_the_posterior(tmp_path):
     assert loaded.scaling == calibrated.scaling
     assert torch.equal(loaded.predict(task.test).log_mean, calibrated.predict(task.test).log_mean)
     path = tmp_path / "posterior.json"
-    text = path.read_text()
-    path.write_text(text.replace(f'  "scaling": {calibrated.scaling},\n', ""))
+    meta = json.loads(path.read_text())
+    write_json(path, sealed({name: value for name, value in meta.items() if name != "scaling"}))
     assert Posterior.from_pretrained(tmp_path, tiny_bert(), task=task).scaling == 1.0
-    path.write_text(text.replace(str(calibrated.scaling), "-1.0"))
+    write_json(path, sealed({**meta, "scaling": -1.0}))
     with pytest.raises(ArchiveError, match="positive, not -1"):
         Posterior.from_pretrained(tmp_path, tiny_bert(), task=task)
 

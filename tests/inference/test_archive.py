@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -274,6 +279,77 @@ def test_a_failed_write_leaves_the_old_posterior(folder, monkeypatch, step):
     with pytest.raises((ArchiveError, TypeError), match=r"no space left on device. What was there|not JSON"):
         write(folder, state={"other": torch.zeros(3)}, meta=meta, adapter=ADAPTER)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file may grow beyond ``room`` bytes: writes fail as they do on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [0, 100, 500])
+def test_a_full_disk_leaves_the_old_posterior(folder, room):
+    """Law: without room for the tensors, the JSON or anything, the error says so and the old files keep their bytes."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with full_disk(room), pytest.raises(ArchiveError, match=r"cannot be written.*untouched; make room"):
+        write(folder, state={"other": torch.zeros(20)}, meta=META, adapter=ADAPTER)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with full_disk(room), pytest.raises(ArchiveError, match="cannot be written"):
+        write(folder / "new", state={"other": torch.zeros(20)}, meta=META, adapter=ADAPTER)
+    assert not list((folder / "new").iterdir())
+
+
+def test_killed_while_writing(folder):
+    """Law: after a SIGKILL at any moment of writing, what loads is one whole posterior, and a mixture is refused."""
+    outcomes = set()
+    for attempt in range(24):
+        before = (folder / "posterior.json").stat().st_mtime_ns
+        child = os.fork()
+        if child == 0:  # writes posteriors whose every number is their seed, until it is killed
+            for seed in range(10**9):
+                state = {name: torch.full((50_000,), float(seed)) for name in "abc"}
+                write(folder, state=state, meta={**META, "seed": seed}, adapter=ADAPTER)
+        while (folder / "posterior.json").stat().st_mtime_ns == before:
+            time.sleep(0.001)
+        time.sleep(0.0037 * attempt)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        try:
+            meta, state = read_meta(folder), read_state(folder)
+        except ArchiveError as error:
+            outcomes.add("refused")
+            assert "not the file that posterior.json belongs to" in str(error)
+        else:
+            outcomes.add("read")
+            values = torch.cat([value.double().flatten() for value in state.values()])
+            assert torch.equal(values, torch.full_like(values, meta["seed"]))
+    assert "read" in outcomes
+    write(folder, state=STATE, meta=META, adapter=ADAPTER)
+    # Of the killed nothing stays but, at worst, the temporary file of safetensors itself.
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".tmp")} == set(FILES)
+
+
+@pytest.mark.parametrize("header", [2**63 - 1, 2**32, 0, 2**20])
+def test_an_impossible_header_is_refused(folder, header):
+    """Law: a tensor file whose header claims to be larger than any memory is refused at once, checksum or not."""
+    path = folder / "posterior.safetensors"
+    path.write_bytes(header.to_bytes(8, "little") + path.read_bytes()[8:])
+    change(folder, sha256=archive._digest(path))
+    with pytest.raises(ArchiveError, match="not a safetensors file"):
+        read_state(folder)
+
+
+@pytest.mark.parametrize("field", [{"num_data": 0}, {"temperature": -0.5}, {"seed": -1}, {"scaling": -1.0}], ids=str)
+def test_numbers_out_of_range_are_refused(folder, field):
+    """Law: sizes, temperatures and seeds that no fit can have are an error before anything is built from them."""
+    change(folder, **field)
+    with pytest.raises(ArchiveError, match=r"posterior\.json: .*(at least|positive)"):
+        read_meta(folder)
 
 
 def test_write_json_is_whole_or_not_at_all(tmp_path):

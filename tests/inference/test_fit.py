@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,9 @@ from pyrolora.inference.fit import default_arguments, fit
 from pyrolora.inference.randomness import isolated
 from pyrolora.inference.trainer import NonFiniteError
 from pyrolora.priors.flat import Flat
-from tests.programs import lora, sentence_task, tiny_bert, tiny_program
+from pyrolora.program import PyroLoRA
+from pyrolora.tasks.sequence_classification import SequenceClassification
+from tests.programs import PRIORS, lora, sentence_task, sentences, tiny_bert, tiny_program, tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,6 +159,45 @@ def test_non_finite_gradient_stops_before_the_update(tmp_path: Path) -> None:
         fit(tiny_program(), Poisoned(), args=arguments(tmp_path))
     state = load_file(tmp_path / "last-good" / "posterior.safetensors")
     assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_what_is_not_finite_after_the_last_step_is_not_saved(tmp_path: Path) -> None:
+    """Law: NaN that the last update or the stage after training leaves stops the fit, naming the tensor."""
+
+    class Spoilt(MAP):
+        def post_fit(self, program, data):  # type: ignore[no-untyped-def]
+            next(self.parameters()).data[:] = torch.nan
+
+    with pytest.raises(NonFiniteError, match=r"after the last step points\.lora/query/A of Spoilt is not finite"):
+        fit(tiny_program(), Spoilt(), args=arguments(tmp_path, max_steps=1))
+
+
+def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """Law: the error names step, folder and the last complete checkpoint, from which the run then ends as one that had
+    room."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 100}
+    whole = fit(tiny_program(), MeanField(), args=arguments(tmp_path / "whole", **options))
+    fit(tiny_program(), MeanField(), args=arguments(tmp_path / "run", **options))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2500, hard))
+    try:
+        with pytest.raises(OSError, match=r"step 4: the checkpoint cannot be written.*checkpoint-2; make room"):
+            fit(tiny_program(), MeanField(), args=arguments(tmp_path / "run", **options), resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resumed = fit(tiny_program(), MeanField(), args=arguments(tmp_path / "run", **options), resume=True)
+    expected, found = whole.guide.state_dict(), resumed.guide.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_one_row_is_enough(tmp_path: Path) -> None:
+    """Law: with one training row and one test row, fit and prediction work; a larger batch is the whole data."""
+    row = sentences(1)
+    task = SequenceClassification(tokenizer(), train=row, test=row, class_names=["no", "yes"], max_length=16)
+    program = PyroLoRA(tiny_bert(), lora(), priors=PRIORS, task=task)
+    posterior = fit(program, MeanField(), args=arguments(tmp_path))
+    assert torch.isfinite(posterior.predict(task.test, 2).log_mean).all()
 
 
 SCRIPT = """

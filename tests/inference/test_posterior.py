@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from peft import PeftModel
 
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
+from pyrolora.inference import archive
 from pyrolora.inference.archive import ArchiveError
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.randomness import isolated
@@ -156,12 +158,63 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
         Posterior.from_pretrained(tmp_path, tiny_bert(layers=3), task=sentence_task())
 
 
+def forge(folder: Path, adapter: dict | None = None, **fields: object) -> None:
+    """Changes metadata and configuration, and renews the checksums."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **(adapter or {})}))
+    meta = {**json.loads((folder / "posterior.json").read_text()), **fields}
+    archive.write_json(folder / "posterior.json", archive.sealed({**meta, "adapter_sha256": archive._digest(path)}))
+
+
+def test_another_configuration_is_noticed(tmp_path: Path) -> None:
+    """Law: an adapter_config.json of another scaling, whose sites are the same, is not the posterior's."""
+    moved(MeanField()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 4', '"lora_alpha": 8'))
+    with pytest.raises(ArchiveError, match=r"adapter_config\.json is damaged, or not the file"):
+        Posterior.from_pretrained(tmp_path, tiny_bert(), task=sentence_task())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"r": 3}, "made for sites"),
+        ({"target_modules": ["query"]}, "made for sites"),
+        ({"target_modules": ["nothing"]}, "does not fit this base model"),
+        ({"r": "many"}, "does not fit this base model|cannot be read"),
+        ({"r": 10**12}, "does not fit this base model"),
+        ({"peft_type": "IA3"}, "only LORA"),
+        ({"megatron_config": {"x": 1}, "megatron_core": "this"}, "code of Megatron"),
+        ({"auto_mapping": {"base_model_class": "x", "parent_library": "this"}}, None),  # is not followed
+    ],
+    ids=str,
+)
+def test_hostile_and_foreign_configurations(tmp_path: Path, adapter: dict, message: str | None) -> None:
+    """Law: another rank, other modules, other kinds and configurations that ask for code are refused, with every
+    checksum right; nothing that a file names is imported."""
+    moved(MeanField()).save_pretrained(tmp_path)
+    forge(tmp_path, adapter)
+    sys.modules.pop("this", None)
+    if message is None:
+        assert Posterior.from_pretrained(tmp_path, tiny_bert(), task=sentence_task()).draw(1)
+    else:
+        with pytest.raises(ArchiveError, match=message):
+            Posterior.from_pretrained(tmp_path, tiny_bert(), task=sentence_task())
+    assert "this" not in sys.modules
+
+
+def test_other_versions_of_peft(tmp_path: Path) -> None:
+    """Law: the version of PEFT is recorded, not required: fields that this one does not know are said to be ignored."""
+    moved(MeanField()).save_pretrained(tmp_path)
+    forge(tmp_path, {"peft_version": "99.0", "field_of_the_future": 1}, versions={"peft": "99.0"})
+    with pytest.warns(UserWarning, match="field_of_the_future"):
+        assert Posterior.from_pretrained(tmp_path, tiny_bert(), task=sentence_task()).draw(1)
+
+
 def test_state_of_another_guide_is_refused(tmp_path: Path) -> None:
     """Law: tensors that do not belong to the described guide are an error."""
     moved(MeanField()).save_pretrained(tmp_path)
-    meta = json.loads((tmp_path / "posterior.json").read_text())
-    meta["guide"] = {"class": "guides.MAP", "init": {}}
-    (tmp_path / "posterior.json").write_text(json.dumps(meta))
+    forge(tmp_path, guide={"class": "guides.MAP", "init": {}})
     with pytest.raises(ArchiveError, match="does not fit"):
         Posterior.from_pretrained(tmp_path, tiny_bert(), task=sentence_task())
 
