@@ -32,12 +32,13 @@ from safetensors.torch import load_file, save_file
 
 from pyrolora.adapters.checkpoint import load_adapter
 from pyrolora.adapters.sites import AdapterError
+from pyrolora.construct import RecipeError
 from pyrolora.guides.inducing import Inducing
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.archive import ArchiveError, _digest, sealed, write_json
 from pyrolora.inference.posterior import Posterior
-from pyrolora.recipe import Recipe, RecipeError
+from pyrolora.recipe import Recipe
 from pyrolora.tasks.data import DataError
 from pyrolora.tasks.sequence_classification import SequenceClassification
 from tests.programs import MINILM, lora, sentence_task, sentences, tiny_bert, tokenizer, untrained

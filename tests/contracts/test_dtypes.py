@@ -34,7 +34,8 @@ def program_of(dtype: torch.dtype, guide: Guide) -> PyroLoRA:
 def moved(guide: Guide, dtype: torch.dtype) -> Posterior:
     """The guide on a base of that type, away from its start by the same numbers whatever the type."""
     program = program_of(dtype, guide)
-    guide.bind(program)
+    with isolated(0):
+        guide.bind(program)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in guide.parameters():
@@ -58,7 +59,11 @@ def test_a_guide_says_the_same_on_every_type_of_base(name: str, dtype: torch.dty
             loss = objective(sentence_task().collate(list(data)))
         gradients = torch.autograd.grad(loss, list(guide.parameters()), allow_unused=True)
         assert all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None)
-        found[each] = (loss.double(), posterior.predict(data, 2).log_mean.double())
+        assert torch.isfinite(loss) and torch.isfinite(posterior.predict(data, 2).log_mean).all()
+        # Noise of activations is drawn in their type, and is not the same numbers in another.
+        own_noise = isinstance(guide, guides.InputAdaptive)
+        found[each] = [posterior.predict(data, 0 if own_noise else 2).log_mean.double()]
+        found[each] += [] if own_noise else [loss.double()]
     for mine, theirs in zip(found[dtype], found[torch.float32], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0.05 if dtype == torch.bfloat16 else 1e-4, atol=TOLERANCE[dtype])
 
