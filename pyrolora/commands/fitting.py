@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pyrolora.inference import processes
 from pyrolora.inference.fit import fit as fit_program
 from pyrolora.recipe import Recipe
 from pyrolora.saved import prepare, save
@@ -61,6 +62,8 @@ def fit(
     prepare(output / "checkpoints", {"guide": guide, "seed": seed, **read.content(), "training": None}, resume)
     posterior = fit_program(program, chosen, args=arguments, temperature=read.temperature_of(guide), resume=resume)
     save(posterior, read, output)
+    if processes.rank() > 0:
+        return
     print(posterior)
     if last := [row for row in posterior.history if "elbo" in row][-1:]:
         print("elbo {elbo:.4f} = data {data:.4f} − kl {kl:.4f} + log prior {log_prior:.4f} nats".format(**last[0]))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -115,7 +115,7 @@ def _public_class(path: Any) -> type | None:
     return found if isinstance(found, type) and issubclass(found, _KINDS[kind]) else None
 
 
-def write(folder: Path, *, state: Mapping[str, Tensor], meta: Mapping[str, Any], adapter: LoraConfig) -> None:
+def write(folder: Path, *, state: Mapping[str, Tensor], meta: Mapping[str, Any], adapter: PeftConfig) -> None:
     """Writes ``posterior.safetensors``, ``adapter_config.json``, and ``posterior.json`` with the checksums of both.
 
     Where that fails, what was there before is untouched. A kill between the final moves leaves files that do not

@@ -209,6 +209,14 @@ def test_an_interruption_keeps_what_is_finished(
     assert fits == ["LoRA", "MAP", "MeanField"]
 
 
+def test_a_launcher_is_refused(recipe: Path, tmp_path: Path, fits: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: started as several processes a comparison stops at once, and says how it runs several cells itself."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"a comparison is the work of one process, not of 2: .*--processes"):
+        go(recipe, tmp_path, METHODS)
+    assert not fits and not list(tmp_path.glob("cells"))
+
+
 def test_stops_before_the_first_fit(tmp_path: Path, fits: list[str]) -> None:
     """Law: a wrong guide, a wrong option, a missing split and a task without classes stop before anything is fitted."""
     arguments = dict(CONTENT["task"]["init_args"])
