@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -29,6 +30,26 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def shorten(notebook: NotebookNode) -> NotebookNode:
+    """The notebook with small sizes: the cell tagged `parameters` has them in its metadata, as ``short``."""
+    for cell in code_cells(notebook):
+        cell.source = cell.metadata.get("short", cell.source)
+    return notebook
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def assigned(source: str) -> set[str]:
+    """The names that a cell sets."""
+    return {
+        node.id
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+
+
 def kinds(cell: NotebookNode) -> list[str]:
     """What a reader sees below a cell: streams by name, displays by their types."""
     return sorted({out.get("name") or "+".join(sorted(out.get("data", {}))) or "error" for out in cell.outputs})
@@ -48,7 +69,7 @@ def test_there_are_tutorials() -> None:
 @pytest.mark.slow
 @each
 def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: away from its folder it runs to its end, its assertions hold, and its cells show what the stored do."""
+    """Law: away from its folder, at small sizes, it runs to its end, and its cells show what the stored do."""
     # The notebook sees this checkout, one core, no network, and none of the user's own Jupyter or IPython settings.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -56,10 +77,21 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("MPLBACKEND", raising=False)
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    notebook = read(shutil.copy(path, tmp_path))
+    notebook = shorten(read(shutil.copy(path, tmp_path)))
     stored = [kinds(cell) for cell in code_cells(notebook)]
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     assert [kinds(cell) for cell in code_cells(notebook)] == stored
+
+
+@each
+def test_its_small_sizes_are_declared(path: Path) -> None:
+    """Law: at most one cell has small sizes; it is tagged, and sets what the cell of the full run sets."""
+    chosen = [cell for cell in code_cells(read(path)) if "short" in cell.metadata or "parameters" in tags(cell)]
+    assert len(chosen) <= 1
+    for cell in chosen:
+        assert "parameters" in tags(cell)
+        assert assigned(cell.source) == assigned(cell.metadata["short"])
+        assert "full = True" in cell.source and "full = False" in cell.metadata["short"]
 
 
 @each
