@@ -78,6 +78,7 @@ def _is_plain(head: nn.Module, hidden: Tensor) -> bool:
     weight = head._parameters.get("weight")
     return (
         type(head) is nn.Linear
+        and weight is not None
         and type(weight) in (nn.Parameter, Tensor)
         and weight.shape == (head.out_features, head.in_features)
         and weight.device == hidden.device
