@@ -56,6 +56,13 @@ HUB: Mapping[tuple[str, str | None], tuple[tuple[str, ...], Callable[[int], Row]
         )
         for name in ("ARC-Challenge", "ARC-Easy")
     },
+    **{
+        ("cais/mmlu", f"college_{name}"): (
+            ("test", "validation", "dev"),
+            lambda i: {"question": "Which?", "subject": "college", "choices": ["1", "2", "3", "4"], "answer": i % 4},
+        )
+        for name in ("chemistry", "physics")
+    },
     ("tau/commonsense_qa", None): (
         ("train", "validation", "test"),
         lambda i: {

@@ -198,3 +198,17 @@ def test_fields_of_a_column_are_columns(tmp_path):
         table = read(source, split="train")
         assert sorted(table.names) == ["choices.label", "choices.text", "id"]
         assert table.column("choices.text") == [["a", "b"]] and table.column("id") == [1]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_source_may_name_its_columns_otherwise(tmp_path, kind):
+    """Law: columns are read under the task's names, one that had such a name makes way, and a missing one is named."""
+    rows = datasets.Dataset.from_list([{"question": "q", "answer": 1, "key": "x"}, {"question": "r", "answer": 0}])
+    path = tmp_path / f"rows.{kind}"
+    rows.to_json(path) if kind == "jsonl" else rows.to_parquet(path)
+    columns = {"question_stem": "question", "key": "answer"}
+    table = read(DataSource(str(path), columns=columns), split="far")
+    assert sorted(table.names) == ["key", "question_stem"]
+    assert table.column("question_stem") == ["q", "r"] and table.column("key") == [1, 0]
+    with pytest.raises(DataError, match="no column 'stem'; its columns are"):
+        read(DataSource(str(path), columns={"question": "stem"}), split="far")
