@@ -20,8 +20,8 @@ def narrowed_head(model: nn.Module, positions: Tensor, tokens: Sequence[int]) ->
 
     Of ``f_ntv = w_v · h_nt + b_v``, shape (b, T, V), only ``v`` among the K tokens at ``t = t_n`` is computed. Where
     the output layer is no plain linear map (adapted by PEFT, quantised, elsewhere than its input), only the positions
-    are fewer: (b, 1, V). A model without an output layer of its own runs whole. Gradients, ``torch.vmap`` and activation
-    checkpointing go through, as with any other input and weight of that layer.
+    are fewer: (b, 1, V). A model without an output layer of its own runs whole. Gradients, ``torch.vmap`` and
+    activation checkpointing go through, as with any other input and weight of that layer.
 
     Args:
         model: A Hugging Face model, with PEFT's adapters or without.

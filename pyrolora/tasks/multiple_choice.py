@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, AutoModelForMultipleChoice, PreTr
 
 from pyrolora.likelihoods.answer_tokens import AnswerTokens
 from pyrolora.likelihoods.categorical import Categorical
-from pyrolora.tasks.base import MODEL_INPUTS, Task
 from pyrolora.tasks.chat import Chat
 from pyrolora.tasks.data import DataError, Problem, Source, Table, missing, text_problems
+from pyrolora.tasks.text import MODEL_INPUTS, TextTask
 
 LETTERS = tuple(string.ascii_uppercase)
 
 
-class MultipleChoice(Task):
+class MultipleChoice(TextTask):
     """What the two kinds of multiple choice share: a question, its choices, perhaps a passage, and the right one.
 
     A label is the index of the right choice or its name: "A", "B", ..., or what the row itself calls it.

@@ -28,7 +28,9 @@ from transformers import AutoTokenizer
 
 from pyrolora import guides
 from pyrolora.diagnostics.evaluation import evaluate_prediction
+from pyrolora.diagnostics.language import mixture
 from pyrolora.diagnostics.ood import separation
+from pyrolora.diagnostics.uncertainty import mutual_information, predictive_entropy
 from pyrolora.guides.base import Guide
 from pyrolora.inference.fit import default_arguments, fit
 from pyrolora.inference.posterior import Posterior
@@ -83,7 +85,9 @@ def weather(size: int, seed: int) -> list[str]:
 def doubt_data(folder: Path, text: str) -> dict[str, list[str]]:
     wiki = {
         split: [
-            line for line in (folder / f"wikitext2/{split}.txt").read_text(encoding="utf-8").splitlines() if line.strip()
+            line
+            for line in (folder / f"wikitext2/{split}.txt").read_text(encoding="utf-8").splitlines()
+            if line.strip()
         ]
         for split in ("validation", "test")
     }
@@ -109,14 +113,17 @@ def of_dataset(texts: list[str]) -> Dataset:
 
 def uncertainty(posterior: Posterior, data: Dataset, draws: int) -> dict[str, np.ndarray]:
     """Of each block the means over its tokens: entropy, mutual information and negative log-likelihood, in nats."""
-    log_p = posterior.logits(data, draws, batch_size=16).log_softmax(-1)
-    mean = log_p.logsumexp(0) - torch.tensor(float(len(log_p))).log()
-    entropy = torch.special.entr(mean.exp()).sum(-1)
-    expected = torch.special.entr(log_p.exp()).sum(-1).mean(0)
-    tokens = torch.tensor(data["input_ids"][:])[:, 1:, None]
-    nll = -mean.gather(-1, tokens).squeeze(-1)
-    found = {"entropy": entropy, "mutual information": entropy - expected, "NLL": nll}
-    return {name: value.mean(-1).numpy() for name, value in found.items()}
+    log_p = posterior.logits(data, draws, batch_size=16).double().log_softmax(-1)
+    blocks = log_p.shape[1:3]
+    each = log_p.flatten(1, 2).numpy()
+    labels = torch.tensor(data["input_ids"][:])[:, 1:].flatten()
+    chosen = log_p.flatten(1, 2)[:, torch.arange(len(labels)), labels]
+    found = {
+        "entropy": predictive_entropy(each),
+        "mutual information": mutual_information(each),
+        "NLL": -mixture(chosen),
+    }
+    return {name: value.reshape(blocks).mean(-1) for name, value in found.items()}
 
 
 def doubt(options: argparse.Namespace) -> None:
@@ -145,7 +152,9 @@ def doubt(options: argparse.Namespace) -> None:
             line = f"  {which:12s} {len(scores['NLL']):4d} blocks: {means}"
             if which != "inside":
                 areas = {s: separation(found["inside"][s], v)["auroc"] for s, v in scores.items()}
-                line += " | AUROC " + "  ".join(f"{s} {a.value:.3f} [{a.low:.3f}, {a.high:.3f}]" for s, a in areas.items())
+                line += " | AUROC " + "  ".join(
+                    f"{s} {a.value:.3f} [{a.low:.3f}, {a.high:.3f}]" for s, a in areas.items()
+                )
             print(line, flush=True)
 
 
@@ -162,9 +171,7 @@ def choices(options: argparse.Namespace) -> None:
             guide, a, b, beta = METHODS[method]
             with isolated(options.seed):
                 model = task.load_base_model(MINILM)
-                lora = LoraConfig(
-                    r=8, lora_alpha=16, target_modules=["query", "value"], modules_to_save=["classifier"]
-                )
+                lora = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], modules_to_save=["classifier"])
                 program = PyroLoRA(model, lora, priors={"*.A": a, "*.B": b, "head.*": Normal(1.0)}, task=task)
             arguments = default_arguments(None, seed=options.seed)
             arguments.num_train_epochs, arguments.disable_tqdm = options.epochs, True
@@ -176,7 +183,10 @@ def choices(options: argparse.Namespace) -> None:
                 f"{key} {found[key].value:.3f} [{found[key].low:.3f}, {found[key].high:.3f}]"
                 for key in ("accuracy", "nll", "ece")
             )
-            print(f"{name} {method} ({len(task.train)} rows, {options.epochs} epochs, {seconds:.0f} s): {shown}", flush=True)
+            print(
+                f"{name} {method} ({len(task.train)} rows, {options.epochs} epochs, {seconds:.0f} s): {shown}",
+                flush=True,
+            )
 
 
 def main() -> None:

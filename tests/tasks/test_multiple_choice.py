@@ -284,7 +284,7 @@ def test_choices_in_columns_of_their_own(bpe):
 
 
 def test_chat_prompts(bpe):
-    """Law: with chat the prompt is the user's turn, the answer the reply's first token; without a template, an error."""
+    """Law: with chat the prompt is the user's turn, the answer the reply's first token; no template is an error."""
     with pytest.raises(ValueError, match="has no chat template"):
         AnswerTokenChoice(bpe, train=data(ROWS), chat=True)
     bpe.chat_template = (
