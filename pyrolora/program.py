@@ -199,8 +199,7 @@ class PyroLoRA(nn.Module):
             return draws[NATURAL]
         adapters = {name: value for name, value in draws.items() if name in self.sites}
         with Pass(self._running, draws, self.placement.placed(adapters)):
-            output = self.model(**self.likelihood.forward_inputs(batch))
-        return self.likelihood.logits(output, batch)
+            return self.likelihood.evaluate(self.model, batch)
 
     def placed(self, draws: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Puts one draw on the model for the duration of the block; afterwards it is bitwise what it was."""

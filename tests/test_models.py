@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ViTImageProcessor,
+)
 
 from pyrolora.diagnostics.estimate import estimate
 from pyrolora.guides.base import Guide
@@ -39,6 +47,12 @@ def _lettered(i: int) -> Row:
     return {"choices": {"text": ["oak", "elm", "ash", "fir"], "label": list("ABCD")}, "answerKey": "ABCD"[i % 4]}
 
 
+def picture(i: int, size: int) -> Image.Image:
+    """A square of one colour and noise."""
+    noise = np.random.default_rng(i).integers(0, 60, (size, size, 3))
+    return Image.fromarray((noise + 19 * (i % 10)).astype(np.uint8))
+
+
 # Hub name and configuration to its splits and a function that makes row i: columns and types as the hub's.
 HUB: Mapping[tuple[str, str | None], tuple[tuple[str, ...], Callable[[int], Row]]] = {
     ("nyu-mll/glue", "sst2"): (
@@ -55,6 +69,13 @@ HUB: Mapping[tuple[str, str | None], tuple[tuple[str, ...], Callable[[int], Row]
             lambda i: {"id": str(i), "question": "What is hot?", **_science(i)},
         )
         for name in ("ARC-Challenge", "ARC-Easy")
+    },
+    **{
+        ("cais/mmlu", f"college_{name}"): (
+            ("test", "validation", "dev"),
+            lambda i: {"question": "Which?", "subject": "college", "choices": ["1", "2", "3", "4"], "answer": i % 4},
+        )
+        for name in ("chemistry", "physics")
     },
     ("tau/commonsense_qa", None): (
         ("train", "validation", "test"),
@@ -83,6 +104,11 @@ HUB: Mapping[tuple[str, str | None], tuple[tuple[str, ...], Callable[[int], Row]
         ("train", "validation"),
         lambda i: {"question": "is ice cold", "answer": i % 2 == 0, "passage": "Ice is frozen water. " * 30},
     ),
+    ("uoft-cs/cifar10", None): (("train", "test"), lambda i: {"img": picture(i, 32), "label": i % 10}),
+    ("ufldl-stanford/svhn", "cropped_digits"): (
+        ("train", "test", "extra"),
+        lambda i: {"image": picture(i, 32), "label": i % 10},
+    ),
     ("Salesforce/wikitext", "wikitext-2-raw-v1"): (
         ("train", "validation", "test"),
         lambda i: {"text": ["", " = A title = \n", " A paragraph of some twenty words and more . \n"][i % 3]},
@@ -93,7 +119,7 @@ HUB: Mapping[tuple[str, str | None], tuple[tuple[str, ...], Callable[[int], Row]
 def hub(path: str, config: str | None, *, split: str) -> datasets.Dataset:
     """What `datasets.load_dataset` would return, 40 rows of it."""
     splits, row = HUB[path, config]
-    assert split in splits, f"{path} has no split {split}"
+    assert split.partition("[")[0] in splits, f"{path} has no split {split}"
     return datasets.Dataset.from_list([dict(row(i)) for i in range(40)])
 
 
@@ -114,6 +140,8 @@ def small(path: Path, folder: Path) -> Recipe:
     task = dict(recipe.task) if isinstance(recipe.task, dict) else {"class_path": recipe.task}
     causal = task["class_path"] in ("AnswerTokenChoice", "LanguageModeling")
     tokenizer = byte_pairs() if causal else minilm()
+    if task["class_path"] == "ImageClassification":
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     config = shrunk(PUBLISHED[recipe.base], len(tokenizer))
     config.pad_token_id = None if causal else tokenizer.pad_token_id
     with isolated(0):
@@ -176,7 +204,7 @@ def test_every_recipe_says_what_it_needs() -> None:
         assert "Data: " in head or "embedded" in head, path
 
 
-@pytest.mark.parametrize("name", ["roberta-sst2", "gpt2-wikitext2"])
+@pytest.mark.parametrize("name", ["roberta-sst2", "gpt2-wikitext2", "vit-cifar10"])
 def test_quoted_memory_is_computed(name: str, tmp_path: Path) -> None:
     """Law: the memory in a recipe's comments is the estimate at the published size (the larger ones: see
     benchmarks/recipe_memory.py)."""

@@ -145,7 +145,7 @@ def estimate(
     arguments = recipe.arguments(None, seed=0)
     rows = batch_size or arguments.per_device_train_batch_size
     chosen = recipe.build_guide(guide)
-    length = length or _task(recipe)[1]["max_length"]
+    length = length or _task(recipe)[1].get("max_length", 0)
     program = meta_program(recipe, config)
     base = dict(program.model.get_base_model().named_parameters())
     own = {name: p for name, p in base.items() if p.device.type == "meta"}
@@ -162,7 +162,8 @@ def estimate(
     declared = any(getattr(arguments, name, False) for name in CHECKPOINTING)
     if declared if checkpointing is None else checkpointing:
         program.enable_activation_checkpointing()
-    title = f"{recipe.path.name}, {guide}: {rows} × {length} tokens in training, {draws} draws in prediction"
+    size = f"× {length} tokens" if length else "images"
+    title = f"{recipe.path.name}, {guide}: {rows} {size} in training, {draws} draws in prediction"
     parameters = {"base model": sum(p.numel() for p in own.values()), "plain LoRA": plain, guide: trained}
     own_bytes = _bytes([*chosen.parameters(), *chosen.buffers()])
     fixed = {"base weights": weights, "guide's parameters and buffers": own_bytes}
@@ -266,10 +267,14 @@ def batches(program: PyroLoRA, recipe: Recipe, length: int) -> Callable[[int], d
     """A function from a number of rows to a batch of that many on the meta device, as the recipe's task makes them."""
     name = _task(recipe)[0]
     like = program.likelihood
+    config: Any = program.model.get_base_model().config
 
     def make(rows: int) -> dict[str, Tensor]:
         shape = (rows, CHOICES, length) if name == "CandidateChoice" else (rows, length)
         with torch.device("meta"):
+            if name == "ImageClassification":
+                pixels = torch.zeros(rows, config.num_channels, config.image_size, config.image_size)
+                return {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.int64)}
             ids = torch.zeros(shape, dtype=torch.int64)
             labels = ids.clone() if isinstance(like, NextToken) else torch.zeros(rows, dtype=torch.int64)
             if isinstance(like, Normal):
@@ -285,8 +290,8 @@ def _task(recipe: Recipe) -> tuple[str, Mapping[str, Any]]:
     name, found = spec.get("class_path", ""), classes("tasks")
     if name not in found:
         raise RecipeError(f"{recipe.path}: task: unknown class {name!r}. There are {', '.join(found)}.")
-    default = inspect.signature(found[name]).parameters["max_length"].default
-    return name, {"max_length": default, **(spec.get("init_args") or {})}
+    length = inspect.signature(found[name]).parameters.get("max_length")
+    return name, {**({"max_length": length.default} if length else {}), **(spec.get("init_args") or {})}
 
 
 def _kind(recipe: Recipe) -> tuple[Likelihood, Any, dict[str, Any]]:

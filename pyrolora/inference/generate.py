@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pyrolora.inference.generation import GeneratedText, Generation
 from pyrolora.inference.posterior import Posterior
 from pyrolora.program import PyroLoRA, evaluating
+from pyrolora.tasks.text import TextTask
 
 How = Literal["mixture", "draws"]
 Weights = Literal["predictive", "uniform"]
@@ -202,9 +203,10 @@ def _check(posterior: Posterior, how: str, weights: str, temperature: float, max
 
 
 def _tokenizer(posterior: Posterior) -> PreTrainedTokenizerBase:
-    if posterior.program.task is None:
+    task = posterior.program.task
+    if not isinstance(task, TextTask):
         raise ValueError("generation needs the program's task for its tokenizer: PyroLoRA(..., task=task)")
-    return posterior.program.task.tokenizer
+    return task.tokenizer
 
 
 def _encode(

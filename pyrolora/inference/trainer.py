@@ -16,6 +16,7 @@ from pyrolora.guides.base import Step
 from pyrolora.inference import processes
 from pyrolora.inference.elbo import Objective, Terms
 from pyrolora.inference.randomness import isolated
+from pyrolora.tasks.text import TextTask
 
 
 class NonFiniteError(RuntimeError):
@@ -151,7 +152,7 @@ class ELBOTrainer(Trainer):
 
     def _texts(self, inputs: dict[str, Tensor], rows: list[int]) -> str:
         task = self.objective.program.task
-        if task is None or "input_ids" not in inputs:
+        if not isinstance(task, TextTask) or "input_ids" not in inputs:
             return ""
         shown = [
             task.tokenizer.decode(inputs["input_ids"][row].flatten(), skip_special_tokens=True) for row in rows[:3]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyrolora.adapters.head import narrowed_head
 from pyrolora.likelihoods.base import Batch, ClassLikelihood
 
 
@@ -16,6 +17,8 @@ class AnswerTokens(ClassLikelihood):
 
     ``p(y = k | f) = softmax(f)_k`` with ``f_k`` = the logit of answer token k at the last real position of the
     prompt. The softmax is over the K answers, not over the vocabulary: the posterior is over what can be answered.
+
+    :meth:`evaluate` has the model's output layer compute those alone; :meth:`logits` takes them from all.
 
     Shapes: model output (b, T, V), logits (b, K). Rows may be padded on either side; without an attention mask
     every position is real.
@@ -31,6 +34,13 @@ class AnswerTokens(ClassLikelihood):
         if len(set(self.token_ids)) < len(self.token_ids):
             raise ValueError(f"two answers share a token in {self.token_ids}: they could not be told apart.")
 
+    def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The answers' logits, of which alone the output layer computes what it can; shape (b, K)."""
+        ids = batch["input_ids"]
+        with narrowed_head(model, self._last(batch, ids), self.token_ids) as selected:
+            output = model(**self.forward_inputs(batch))
+        return selected(output.logits).float()
+
     def logits(self, output: Any, batch: Batch) -> Tensor:
         """The answer tokens' logits after the last real token of each row, in float32; shape (b, K)."""
         scores = output.logits
@@ -38,10 +48,10 @@ class AnswerTokens(ClassLikelihood):
         return scores[torch.arange(scores.shape[0], device=scores.device), self._last(batch, scores)][:, tokens].float()
 
     @staticmethod
-    def _last(batch: Batch, scores: Tensor) -> Tensor:
-        """Index of each row's last real token; shape (b,)."""
-        length = scores.shape[1]
+    def _last(batch: Batch, values: Tensor) -> Tensor:
+        """Index of each row's last real token, of values ``(b, T, ...)``; shape (b,)."""
+        length = values.shape[1]
         mask = batch.get("attention_mask")
         if mask is None:
-            return torch.full((scores.shape[0],), length - 1, device=scores.device)
+            return torch.full((values.shape[0],), length - 1, device=values.device)
         return length - 1 - mask.flip(-1).long().argmax(-1)

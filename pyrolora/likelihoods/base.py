@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 Batch = Mapping[str, Tensor]
 
@@ -34,6 +34,10 @@ class Likelihood(ABC):
         Labels stay behind because a Hugging Face model that sees them computes a loss of its own.
         """
         return {key: value for key, value in batch.items() if key != self.site and isinstance(value, Tensor)}
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Runs the base model on a batch: natural parameters over the support, in float32."""
+        return self.logits(model(**self.forward_inputs(batch)), batch)
 
     @abstractmethod
     def logits(self, output: Any, batch: Batch) -> Tensor:

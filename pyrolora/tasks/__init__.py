@@ -1,7 +1,8 @@
-"""Tasks: data and a likelihood, with the tokenizer between them."""
+"""Tasks: data and a likelihood, with what makes the model's inputs between them."""
 
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.data import DataError, DataSource
+from pyrolora.tasks.image_classification import ImageClassification
 from pyrolora.tasks.language_modeling import LanguageModeling
 from pyrolora.tasks.multiple_choice import AnswerTokenChoice, CandidateChoice
 from pyrolora.tasks.physical_commonsense import PhysicalCommonsense
@@ -12,6 +13,7 @@ __all__ = [
     "CandidateChoice",
     "DataError",
     "DataSource",
+    "ImageClassification",
     "LanguageModeling",
     "PhysicalCommonsense",
     "SequenceClassification",

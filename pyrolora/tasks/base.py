@@ -1,42 +1,34 @@
-"""What a task is: data and a likelihood, with the tokenizer between them."""
+"""What a task is: data and a likelihood, with what makes the model's inputs between them."""
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import datasets
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pyrolora.likelihoods.base import Likelihood
 from pyrolora.tasks.data import DataError, Problem, Source, Table, carve, read, stop_at, subsample
-
-logger = logging.getLogger("pyrolora")
-
-MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
 class Task(ABC):
     """Data and a likelihood: what is to be learnt.
 
-    A task owns the tokenizer, the tokenised splits and the collation. Every split keeps the column ``text`` (what a
-    person would read) and all columns that came with the data, beside ``input_ids``, ``attention_mask``,
-    (``token_type_ids``) and ``labels``.
+    A task owns the encoded splits and the collation. Every split keeps the column ``text`` (what a person would read)
+    and all columns that came with the data, beside ``labels`` and the model's inputs.
 
     A label that is missing or that names no class is an error in train, validation and test. In out-of-distribution
     splits, and in whatever :meth:`tokenise` reads later, it becomes −1 (NaN for regression): nothing is known.
 
     Attributes:
         likelihood: how labels arise from the model's output.
-        tokenizer: the tokenizer that the splits were made with.
         class_names: the K classes; () for regression and language modelling.
         num_labels: outputs of the model's head.
-        max_length: the most tokens that a text may have.
-        train, validation, test: the tokenised splits.
+        train, validation, test: the encoded splits.
         ood: named out-of-distribution splits.
         truncated: how many texts of each split were cut to ``max_length``.
     """
@@ -52,20 +44,15 @@ class Task(ABC):
     test: datasets.Dataset | None
     ood: dict[str, datasets.Dataset]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
-        if tokenizer.pad_token_id is None:
-            raise ValueError(
-                f"the tokenizer ({type(tokenizer).__name__}) has no padding token, so texts of different lengths "
-                "cannot share a batch. Set tokenizer.pad_token = tokenizer.eos_token first: padding is masked, "
-                "so that the end-of-text token may serve for it."
-            )
-        if max_length < 2:
-            raise ValueError(f"max_length must be at least 2 tokens, not {max_length}.")
-        self.tokenizer = tokenizer
-        self.max_length = max_length
+    def __init__(self) -> None:
         self.truncated: dict[str, int] = {}
 
     # What a kind of task says about itself.
+
+    @classmethod
+    @abstractmethod
+    def load_processor(cls, name_or_path: str) -> Any:
+        """What turns rows into the base model's inputs, from its folder or hub name: a tokenizer, say."""
 
     @property
     @abstractmethod
@@ -86,7 +73,7 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, rows: Mapping[str, list[Any]]) -> tuple[dict[str, list[Any]], int]:
-        """Tokenise a batch of checked rows: ``(new columns, how many texts were cut)``."""
+        """The columns that a batch of checked rows needs beside its own, and how many texts were cut."""
 
     # What all tasks share.
 
@@ -178,37 +165,11 @@ class Task(ABC):
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         self.truncated[name] = cut
-        if cut:
-            logger.warning(
-                "%s: %d of %d texts were cut to max_length=%d tokens.", name, cut, len(rows), self.max_length
-            )
         return done
 
-    def tokens(
-        self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str] | None = None
-    ) -> tuple[dict[str, list[Any]], list[int]]:
-        """Tokenise texts or pairs of texts: ``(model inputs, which texts were cut to max_length)``."""
-        second = None if pairs is None else list(pairs)
-        out = tokenizer(list(texts), second, truncation=True, max_length=self.max_length)
-        full = [i for i, ids in enumerate(out["input_ids"]) if len(ids) >= self.max_length]
-        cut: list[int] = []
-        if full:
-            # Only a text that fills max_length can have been cut: look at those again, whole.
-            rest = None if second is None else [second[i] for i in full]
-            whole = tokenizer([texts[i] for i in full], rest, verbose=False)["input_ids"]
-            cut = [i for i, ids in zip(full, whole, strict=True) if len(ids) > self.max_length]
-        return {key: out[key] for key in MODEL_INPUTS if key in out}, cut
-
+    @abstractmethod
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch of tensors, padded to its longest text on the tokenizer's padding side.
-
-        Shape: input_ids, attention_mask (and token_type_ids) (b, T), labels (b,); no labels where the rows have none.
-        """
-        inputs = {key: [row[key] for row in rows] for key in MODEL_INPUTS if key in rows[0]}
-        batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
-        if "labels" in rows[0]:
-            batch["labels"] = self.label_tensor([row["labels"] for row in rows])
-        return batch
+        """A batch of tensors of encoded rows: the model's inputs, labels (b,); no labels where the rows have none."""
 
     def label_tensor(self, labels: list[Any]) -> Tensor:
         """The batch's labels as one tensor; int64 class indices unless a task says otherwise; shape (b,)."""
@@ -227,21 +188,7 @@ class Task(ABC):
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         if quantization is not None:
             options["quantization_config"] = quantization
-        model = self.auto_class.from_pretrained(name_or_path, **options, **self.head_options())
-        if model.config.get_text_config().pad_token_id is None:
-            # Llama and GPT-2 classifiers find a text's last token by its padding, and refuse batches without this.
-            model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        return model
-
-    def with_positions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add ``position_ids`` (b, T) to a left-padded batch, so that each text's first real token is at 0.
-
-        A causal model counts positions from the row's start: one with absolute positions (GPT-2) would read a text
-        differently for every amount of padding before it. Right padding needs nothing of the kind.
-        """
-        if self.tokenizer.padding_side == "left":
-            batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        return batch
+        return self.auto_class.from_pretrained(name_or_path, **options, **self.head_options())
 
     def head_options(self) -> dict[str, Any]:
         """What ``from_pretrained`` must be told about the head."""

@@ -38,11 +38,14 @@ class DataSource:
             .txt; text files also as .gz).
         split: the hub split; by default the name of the split that it is used as.
         config: the hub configuration, such as "sst2" of "nyu-mll/glue".
+        columns: what the task calls a column to what it is called here, where one split names them otherwise than the
+            rest: ``{"question_stem": "question"}``.
     """
 
     path: str
     split: str | None = None
     config: str | None = None
+    columns: Mapping[str, str] | None = None
 
 
 Source: TypeAlias = str | os.PathLike[str] | DataSource | datasets.Dataset
@@ -147,7 +150,21 @@ def read(source: Source, *, split: str, text_columns: Sequence[str] = ()) -> Tab
         raise DataError(f"{table.origin}: the {split} split is empty.")
     if isinstance(table.rows, datasets.Dataset):
         table = dataclasses.replace(table, rows=table.rows.flatten())
-    return table
+    columns = source.columns if isinstance(source, DataSource) else None
+    return _renamed(table, columns) if columns else table
+
+
+def _renamed(table: Table, columns: Mapping[str, str]) -> Table:
+    """The table with columns under the task's names; a column that had such a name already makes way."""
+    if absent := [name for name in columns.values() if name not in table.names]:
+        raise DataError(f"{table.origin}: no column '{absent[0]}'; its columns are {', '.join(table.names)}.")
+    task = {theirs: own for own, theirs in columns.items()}
+    kept = [name for name in table.names if name in task or name not in columns]
+    if isinstance(table.rows, datasets.Dataset):
+        rows = table.rows.select_columns(kept).rename_columns(task)
+    else:
+        rows = [{task.get(name, name): row[name] for name in kept if name in row} for row in table.rows]
+    return dataclasses.replace(table, rows=rows)
 
 
 def _read_named(source: DataSource, split: str, text_columns: Sequence[str]) -> Table:

@@ -12,11 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pyrolora.likelihoods.next_token import IGNORED, NextToken
-from pyrolora.tasks.base import Task
 from pyrolora.tasks.data import DataError, Problem, Source, Table, text_problems
+from pyrolora.tasks.text import TextTask
 
 
-class LanguageModeling(Task):
+class LanguageModeling(TextTask):
     """The next token of running text, for causal language models.
 
     Documents are tokenised, joined (separated by the special tokens that the tokenizer puts round a text, or else by

@@ -14,23 +14,24 @@ from transformers import AutoModelForCausalLM, AutoModelForMultipleChoice, PreTr
 
 from pyrolora.likelihoods.answer_tokens import AnswerTokens
 from pyrolora.likelihoods.categorical import Categorical
-from pyrolora.tasks.base import MODEL_INPUTS, Task
+from pyrolora.tasks.chat import Chat
 from pyrolora.tasks.data import DataError, Problem, Source, Table, missing, text_problems
+from pyrolora.tasks.text import MODEL_INPUTS, TextTask
 
 LETTERS = tuple(string.ascii_uppercase)
 
 
-class MultipleChoice(Task):
+class MultipleChoice(TextTask):
     """What the two kinds of multiple choice share: a question, its choices, perhaps a passage, and the right one.
 
     A label is the index of the right choice or its name: "A", "B", ..., or what the row itself calls it.
     """
 
     question: str
-    choices: str | None
+    choices: str | Sequence[str] | None
     label: str
     passage: str | None
-    choice_names: str | None
+    choice_names: str | Sequence[str] | None
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -48,13 +49,33 @@ class MultipleChoice(Task):
             yield from text_problems(name, table.column(name))
         if self.choices is None:
             return
-        lists = table.column(self.choices)
+        lists = self.choices_of({name: table.column(name) for name in self.choice_columns})
+        shown = ", ".join(self.choice_columns)
         for row, choices in enumerate(lists):
             if not isinstance(choices, (list, tuple)) or len(choices) < 2:
-                yield row, f"'{self.choices}' is {choices!r}, not a list of at least two texts"
+                yield row, f"'{shown}' is {choices!r}, not a list of at least two texts"
             else:
-                yield from ((row, reason) for _, reason in text_problems(self.choices, choices))
+                yield from ((row, reason) for _, reason in text_problems(shown, choices))
         yield from self.number_problems([len(c) if isinstance(c, (list, tuple)) else 0 for c in lists])
+
+    @property
+    def choice_columns(self) -> tuple[str, ...]:
+        """The column of the lists of choices, or the columns of one choice each."""
+        if self.choices is None:
+            return ()
+        return (self.choices,) if isinstance(self.choices, str) else tuple(self.choices)
+
+    def choices_of(self, rows: Mapping[str, list[Any]]) -> Sequence[Any]:
+        """Each row's choices, from one column of lists or from several columns."""
+        if isinstance(self.choices, str):
+            return rows[self.choices]
+        return [list(row) for row in zip(*(rows[name] for name in self.choice_columns), strict=True)]
+
+    def own_names(self, rows: Mapping[str, list[Any]], size: int) -> Sequence[Any]:
+        """What each of ``size`` rows calls its choices: its own names where there are some, else the task's."""
+        if isinstance(self.choice_names, str):
+            return rows.get(self.choice_names, [self.names] * size)
+        return [self.choice_names or self.names] * size
 
     @abstractmethod
     def number_problems(self, numbers: list[int]) -> Iterable[Problem]:
@@ -63,10 +84,10 @@ class MultipleChoice(Task):
     def label_problems(self, table: Table) -> Iterable[Problem]:
         """Rows whose label is missing or is none of the row's own choices."""
         labels = table.column(self.label)
-        lists: Sequence[Any] = [self.names] * len(labels) if self.choices is None else table.column(self.choices)
-        own: Sequence[Any] = [self.names] * len(labels)
-        if self.choice_names is not None:
-            own = table.column(self.choice_names)
+        needed = [*self.choice_columns, *([self.choice_names] if isinstance(self.choice_names, str) else [])]
+        columns = {name: table.column(name) for name in needed}
+        lists: Sequence[Any] = [self.names] * len(labels) if self.choices is None else self.choices_of(columns)
+        own = self.own_names(columns, len(labels))
         for row, (label, choices, names) in enumerate(zip(labels, lists, own, strict=True)):
             if missing(label):
                 yield row, f"no '{self.label}'"
@@ -84,18 +105,18 @@ class MultipleChoice(Task):
     def labels(self, rows: Mapping[str, list[Any]]) -> list[int]:
         """The labels of a batch of rows as indices, −1 where there is none."""
         size = len(rows[self.question])
-        own: Sequence[Any] = rows.get(self.choice_names or "", [self.names] * size)
         given = rows.get(self.label, [None] * size)
-        found = [self.index(label, names) for label, names in zip(given, own, strict=True)]
+        found = [self.index(label, names) for label, names in zip(given, self.own_names(rows, size), strict=True)]
         return [index if index < len(self.names) else -1 for index in found]
 
     def listed(self, rows: Mapping[str, list[Any]]) -> list[list[str]]:
         """The lines that a person would read of each row: passage, question, named choices."""
         texts = []
+        choices = None if self.choices is None else self.choices_of(rows)
         for i, question in enumerate(rows[self.question]):
             lines = [question] if self.passage is None else [rows[self.passage][i], question]
-            if self.choices is not None:
-                lines += [f"{name}. {choice}" for name, choice in zip(self.names, rows[self.choices][i], strict=False)]
+            if choices is not None:
+                lines += [f"{name}. {choice}" for name, choice in zip(self.names, choices[i], strict=False)]
             texts.append(lines)
         return texts
 
@@ -113,10 +134,12 @@ class CandidateChoice(MultipleChoice):
         test: the test split.
         ood: named out-of-distribution splits, with as many choices.
         question: the column of the question.
-        choices: the column of the choices, a list of texts; every row must have equally many.
+        choices: the column of the choices, a list of texts, or the columns of one choice each; every row must have
+            equally many.
         label: the column of the right choice.
         passage: the column of a text that the question is about.
-        choice_names: the column of what each row calls its choices, where labels are such names and no letters.
+        choice_names: the column of what each row calls its choices, where labels are such names and no letters; or
+            these names themselves, where all rows have the same: ``("1", "2")``.
         max_length: the most tokens that a candidate may have; longer ones are cut, and their rows counted.
         max_train: train on this many rows only, drawn at random.
         validation_fraction: carve this fraction off train at random for validation, before ``max_train`` applies.
@@ -137,10 +160,10 @@ class CandidateChoice(MultipleChoice):
         test: Source | None = None,
         ood: Mapping[str, Source] | None = None,
         question: str = "question",
-        choices: str = "choices",
+        choices: str | Sequence[str] = "choices",
         label: str = "label",
         passage: str | None = None,
-        choice_names: str | None = None,
+        choice_names: str | Sequence[str] | None = None,
         max_length: int = 128,
         max_train: int | None = None,
         validation_fraction: float | None = None,
@@ -167,7 +190,7 @@ class CandidateChoice(MultipleChoice):
 
     def learn(self, table: Table) -> None:
         """Fix the number of choices and the likelihood."""
-        self.num_choices = len(table.column(str(self.choices))[0])
+        self.num_choices = len(self.choices_of({name: table.column(name)[:1] for name in self.choice_columns})[0])
         if self.num_choices > len(LETTERS):
             raise DataError(f"{table.origin}: {self.num_choices} choices; at most {len(LETTERS)} can be named.")
         self.class_names = self.names
@@ -184,7 +207,7 @@ class CandidateChoice(MultipleChoice):
     def encode(self, rows: Mapping[str, list[Any]]) -> tuple[dict[str, list[Any]], int]:
         """Tokenise K candidates for each row; a row counts as cut when any of its candidates was."""
         first, second = [], []
-        for i, choices in enumerate(rows[str(self.choices)]):
+        for i, choices in enumerate(self.choices_of(rows)):
             question = rows[self.question][i]
             for choice in choices:
                 first.append(question if self.passage is None else rows[self.passage][i])
@@ -230,11 +253,15 @@ class AnswerTokenChoice(MultipleChoice):
         test: the test split.
         ood: named out-of-distribution splits, with no more choices.
         question: the column of the question.
-        choices: the column of the choices, a list of texts; ``None`` where the answers say it all.
+        choices: the column of the choices, a list of texts, or the columns of one choice each, such as
+            ``("option1", "option2")``; ``None`` where the answers say it all.
         label: the column of the right choice.
         passage: the column of a text that the question is about.
-        choice_names: the column of what each row calls its choices, where labels are such names and no letters.
+        choice_names: the column of what each row calls its choices, where labels are such names and no letters; or
+            these names themselves, where all rows have the same: ``("1", "2")``.
         answers: the K answers, one token each after the prompt; by default A, B, ... as many as train has choices.
+        chat: make each prompt the user's turn of the tokenizer's chat template, for models tuned to chat; the answer is
+            the first token of the reply. A mapping is passed to the template: ``{"enable_thinking": False}``.
         max_length: the most tokens that a prompt may have.
         max_train: train on this many rows only, drawn at random.
         validation_fraction: carve this fraction off train at random for validation, before ``max_train`` applies.
@@ -242,7 +269,8 @@ class AnswerTokenChoice(MultipleChoice):
 
     Raises:
         DataError: a split cannot be read, is empty, or has rows that cannot be used.
-        ValueError: an answer is not one token after the prompt, or two answers are the same token.
+        ValueError: an answer is not one token after the prompt, two answers are the same token, or ``chat`` for a
+            tokenizer without a chat template.
     """
 
     auto_class: ClassVar[Any] = AutoModelForCausalLM
@@ -256,11 +284,12 @@ class AnswerTokenChoice(MultipleChoice):
         test: Source | None = None,
         ood: Mapping[str, Source] | None = None,
         question: str = "question",
-        choices: str | None = "choices",
+        choices: str | Sequence[str] | None = "choices",
         label: str = "label",
         passage: str | None = None,
-        choice_names: str | None = None,
+        choice_names: str | Sequence[str] | None = None,
         answers: Sequence[str] | None = None,
+        chat: bool | Mapping[str, Any] = False,
         max_length: int = 256,
         max_train: int | None = None,
         validation_fraction: float | None = None,
@@ -274,6 +303,8 @@ class AnswerTokenChoice(MultipleChoice):
         self.answers = None if answers is None else tuple(answers)
         self._cutting = copy.deepcopy(tokenizer)
         self._cutting.truncation_side = "left"  # "Answer:" must stay
+        options = chat if isinstance(chat, Mapping) else {}
+        self._chat = None if chat is False else Chat(tokenizer, options, max_length=max_length)
         self.read_splits(
             train,
             validation=validation,
@@ -292,12 +323,17 @@ class AnswerTokenChoice(MultipleChoice):
     def learn(self, table: Table) -> None:
         """Fix the answers, their tokens and the likelihood."""
         if self.answers is None:
-            self.answers = LETTERS[: max(len(choices) for choices in table.column(str(self.choices)))]
+            lists = self.choices_of({name: table.column(name) for name in self.choice_columns})
+            self.answers = LETTERS[: max(len(choices) for choices in lists)]
         self.class_names = self.answers
         self.num_labels = len(self.answers)
-        columns = [name for name in (self.passage, self.question, self.choices) if name is not None]
+        columns = [*self.text_columns, *self.choice_columns]
         prompt = self.prompts({name: table.column(name)[:1] for name in columns})[0]
-        self.likelihood = AnswerTokens(answer_tokens(self.tokenizer, prompt, self.answers))
+        if self._chat is None:
+            tokens = answer_tokens(self.tokenizer, prompt, self.answers)
+        else:
+            tokens = self._chat.answer_tokens(prompt, self.answers)
+        self.likelihood = AnswerTokens(tokens)
 
     def number_problems(self, numbers: list[int]) -> Iterable[Problem]:
         """Rows with more choices than answers."""
@@ -314,7 +350,7 @@ class AnswerTokenChoice(MultipleChoice):
     def encode(self, rows: Mapping[str, list[Any]]) -> tuple[dict[str, list[Any]], int]:
         """Tokenise prompts; too long ones lose their beginning."""
         prompts = self.prompts(rows)
-        columns, cut = self.tokens(self._cutting, prompts)
+        columns, cut = self.tokens(self._cutting, prompts) if self._chat is None else self._chat.tokens(prompts)
         columns.pop("token_type_ids", None)  # causal models have one segment
         columns["text"] = prompts
         columns["labels"] = self.labels(rows)

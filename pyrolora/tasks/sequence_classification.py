@@ -13,12 +13,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from pyrolora.likelihoods.base import Likelihood
 from pyrolora.likelihoods.categorical import Categorical
 from pyrolora.likelihoods.normal import Normal
-from pyrolora.tasks.base import Task
 from pyrolora.tasks.data import Problem, Source, Table, missing, text_problems
 from pyrolora.tasks.labels import LabelIndex, classes_of
+from pyrolora.tasks.text import TextTask
 
 
-class SequenceClassification(Task):
+class SequenceClassification(TextTask):
     """A class, or a number, for each text or pair of texts; the head is the model's sequence classification head.
 
     Class indices follow ``class_names`` where given, else the names that the data set declares (``ClassLabel``), else

@@ -221,3 +221,17 @@ def test_damaged_files_are_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=name.replace(".", r"\.")):
         read(tmp_path / name, split="train", text_columns=("text",))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_source_may_name_its_columns_otherwise(tmp_path, kind):
+    """Law: columns are read under the task's names, one that had such a name makes way, and a missing one is named."""
+    rows = datasets.Dataset.from_list([{"question": "q", "answer": 1, "key": "x"}, {"question": "r", "answer": 0}])
+    path = tmp_path / f"rows.{kind}"
+    rows.to_json(path) if kind == "jsonl" else rows.to_parquet(path)
+    columns = {"question_stem": "question", "key": "answer"}
+    table = read(DataSource(str(path), columns=columns), split="far")
+    assert sorted(table.names) == ["key", "question_stem"]
+    assert table.column("question_stem") == ["q", "r"] and table.column("key") == [1, 0]
+    with pytest.raises(DataError, match="no column 'stem'; its columns are"):
+        read(DataSource(str(path), columns={"question": "stem"}), split="far")

