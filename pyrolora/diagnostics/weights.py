@@ -170,7 +170,12 @@ def judge_noise(posterior: Posterior, weights: Weights) -> Finding:
             f"{type(posterior.guide).__name__} predicts from natural parameters, not from draws of the weights, whose "
         )
         return Finding("noise", "none", f"{words}noise says nothing of its predictions.")
-    ratios = weights.overall
+    # A kind whose adapters are point estimates has no noise to judge; draws may differ by the head all the same.
+    random = {name for name, size in weights.random.items() if size}
+    ratios = {kind: ratio for kind, ratio in weights.overall.items() if any(n.startswith(f"{kind}.") for n in random)}
+    if weights.overall and not ratios:
+        words = "the adapters are point estimates here: what is random is elsewhere, and ΔW has no noise to compare"
+        return Finding("noise", "none", f"{words} with its mean.")
     numbers = {f"noise_to_mean {kind}": ratio for kind, ratio in ratios.items()}
     if not ratios:
         return Finding("noise", "none", "no kind of module has an update whose noise could be compared with its mean.")

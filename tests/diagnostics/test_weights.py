@@ -135,6 +135,15 @@ def test_collapsed_noise_is_said() -> None:
     assert judge_noise(fine, summarise(fine, 4)).level == "fine"
 
 
+def test_noise_elsewhere_than_in_the_adapters() -> None:
+    """Law: where the head alone is random its noise is not that of ΔW; kinds that have noise are judged alone."""
+    head = moved(MeanField(random="head.*"))
+    found = judge_noise(head, summarise(head, 4))
+    assert found.level == "none" and "point estimates" in found.words
+    one = moved(MeanField(random="lora.query.A"))
+    assert set(judge_noise(one, summarise(one, 4)).numbers) == {"noise_to_mean lora.query"}
+
+
 def test_a_posterior_equal_to_the_prior_is_said() -> None:
     """Law: q = p has KL 0 and is bad; a posterior that the data moved is fine; both say how many nats."""
     priors: dict[str, Prior] = {"*": Normal(0.3)}
