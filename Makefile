@@ -23,8 +23,8 @@ demo: $(VENV)/.demo
 	@echo "Open runs/demo/report.html in a browser."
 
 test: $(VENV)/.test
-	$(BIN)/ruff format --check pyrolora tests
-	$(BIN)/ruff check pyrolora tests
+	$(BIN)/ruff format --check pyrolora tests tutorials
+	$(BIN)/ruff check pyrolora tests tutorials
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
 

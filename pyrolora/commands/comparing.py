@@ -38,7 +38,7 @@ def compare(
 
     Args:
         recipes: YAML files; none to compare saved posteriors only.
-        guides: Guides to fit under each recipe; see the list below.
+        guides: Guides to fit under each recipe: of the list below, or configurations that it names.
         posteriors: Folders that `pyrolora fit` wrote, to be evaluated with the rest.
         seeds: Number of seeds: 0, 1, ...
         baseline: Name of the method that the others are compared with; without it, the first.

@@ -31,7 +31,7 @@ def estimate(
 
     Args:
         recipe: A YAML file.
-        guide: How the posterior is approximated; see the list below.
+        guide: How the posterior is approximated: one of the list below, or a configuration that the recipe names.
         config: The base model's config.json, where the hub cannot be reached.
         batch_size: Rows at once; without it, the recipe's in training and 32 in prediction.
         length: Tokens of a row; without it, the longest that the recipe allows.

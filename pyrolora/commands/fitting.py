@@ -47,7 +47,7 @@ def fit(
 
     Args:
         recipe: A YAML file.
-        guide: How the posterior is approximated; see the list below.
+        guide: How the posterior is approximated: one of the list below, or a configuration that the recipe names.
         output: Folder for the posterior and its checkpoints (one an epoch).
         seed: Of initial weights, data order and noise.
         options: Arguments of the guide, over the recipe's: --options.NAME VALUE.

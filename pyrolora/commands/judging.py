@@ -54,7 +54,7 @@ def evaluate(
         scaling = None
         if split != "validation" and isinstance(task.validation, Dataset):
             scaling = fit_scaling(posterior, task.validation, num_draws=draws, seed=seed)
-        elif split == "validation" and posterior.scaling != 1:
+        elif split == "validation" and (posterior.scaling != 1 or posterior.guide.saw_validation(posterior.program)):
             logger.warning("the posterior was calibrated on the validation split: these figures are too good")
         ood = task.ood if split == "test" else {}
         result = evaluate_posterior(posterior, data, scaling=scaling, ood=ood, num_draws=draws, seed=seed)

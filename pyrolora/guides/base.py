@@ -187,6 +187,10 @@ class Guide(nn.Module):
     def post_fit(self, program: PyroLoRA, data: Dataset) -> None:
         """A second stage on the training data after the optimiser's last step; most guides have none."""
 
+    def saw_validation(self, program: PyroLoRA) -> bool:
+        """Whether the task's validation split had a part in the posterior, so that figures on it are too good."""
+        return any(part.saw_validation(program) for part in self.parts())
+
     @property
     def joint_draws(self) -> bool:
         """Whether a draw of a prediction is one value of the weights, the same for every input."""

@@ -164,6 +164,9 @@ class Laplace(Guide):
         linearised = self.is_fitted and self.predictive != "weights" and num_draws > 0
         return 1 + num_outputs if linearised else super().passes(num_draws, num_outputs)
 
+    def saw_validation(self, program: PyroLoRA) -> bool:
+        return self.is_fitted and validates(self.precision, program)
+
     @property
     def joint_draws(self) -> bool:
         return not self.is_fitted or self.predictive in ("joint", "weights")

@@ -7,7 +7,7 @@ alone, and heads keep their point estimates. Peers that are not installed are le
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -57,18 +57,22 @@ class Setup:
     Attributes:
         base: One of `BASES`. MiniLM is padded on the right, as its tokenizer does; a Llama, whose weights are random,
             on the left, which is what bayesian-lora reads.
-        classes: 2 (SST-2), or 4 (whether a sentence is SST-2's or CoLA's, and its label there).
+        sets: ``sst2``, ``cola``, or both: then the class is whose a sentence is, and its label there.
         data: Folder of sst2/ and cola/, JSON Lines of text and label.
         rows, test_rows: How many sentences; rows is cut to a multiple of the batch.
         adapter: Folder of the trained adapter.
     """
 
     base: str
-    classes: int
+    sets: tuple[str, ...]
     data: Path
     rows: int
     test_rows: int
     adapter: Path
+
+    @property
+    def classes(self) -> int:
+        return 2 * len(self.sets)
 
     @property
     def rank(self) -> int:
@@ -81,7 +85,7 @@ class Setup:
             tokenizer.padding_side = "left"
             tokenizer.model_input_names = ["input_ids", "attention_mask"]
         splits = {"train": self.rows - self.rows % BATCH, "test": self.test_rows}
-        made = {split: _sentences(self.data, split, self.classes, size) for split, size in splits.items()}
+        made = {split: _sentences(self.data, split, self.sets, size) for split, size in splits.items()}
         names = [str(c) for c in range(self.classes)]
         return SequenceClassification(tokenizer, **made, class_names=names, max_length=64)
 
@@ -348,13 +352,13 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     return model(**_inputs(batch)).logits
 
 
-def _sentences(folder: Path, split: str, classes: int, size: int) -> Dataset:
-    """``size`` sentences with labels 0 … classes − 1, SST-2's before CoLA's within each pair."""
+def _sentences(folder: Path, split: str, sets: Sequence[str], size: int) -> Dataset:
+    """``size`` sentences, as many of each set; the labels of set i are 2i and 2i + 1."""
     files = {"sst2": f"{split}.jsonl", "cola": {"train": "train.jsonl", "test": "validation_in_domain.jsonl"}[split]}
     parts = []
-    for i, name in enumerate(list(files)[: classes // 2]):
+    for i, name in enumerate(sets):
         read: Any = load_dataset("json", data_files=str(folder / name / files[name]), split="train")
-        part = read.shuffle(seed=0).select(range(size * 2 // classes))
+        part = read.shuffle(seed=0).select(range(size // len(sets)))
         rows = [{"text": text, "label": label + 2 * i} for text, label in zip(part["text"], part["label"], strict=True)]
         parts.append(Dataset.from_list(rows))
     return concatenate_datasets(parts).shuffle(seed=0)

@@ -7,7 +7,7 @@ The peers are no dependencies. In an environment that has pyrolora with its test
 Run, in the root of the repository (a peer that is not installed is reported as such):
     python -m tests.benchmarks.laplace_peers fit predict --base minilm --data FOLDER --out peers.json
     python -m tests.benchmarks.laplace_peers memory scores --base llama --rows 64 --data FOLDER --out peers.json
-    python -m tests.benchmarks.laplace_peers scores --base tiny-bert --classes 4 --data FOLDER
+    python -m tests.benchmarks.laplace_peers scores --base tiny-bert --sets sst2 cola --data FOLDER
 
 FOLDER holds sst2/ and cola/ as JSON Lines (text, label). All methods get the same adapter, which is trained first, and
 the same batches of 16. What the file of `--out` has stays: rounds are added, and rows of other `--methods` kept.
@@ -136,7 +136,7 @@ def peak_in_child(setup: Setup, method: str, phase: str) -> float:
     """Megabytes that a method's fit or prediction adds at its peak, measured in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.laplace_peers", "memory", "--base", setup.base]
     command += ["--data", str(setup.data), "--rows", str(setup.rows), "--test-rows", str(setup.test_rows)]
-    command += ["--classes", str(setup.classes), "--adapter", str(setup.adapter), "--child", method, phase]
+    command += ["--sets", *setup.sets, "--adapter", str(setup.adapter), "--child", method, phase]
     # So that what is freed goes back to the system at once, and is not counted as in use before the call.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
@@ -280,7 +280,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--base", choices=BASES, default="minilm")
     parser.add_argument("--data", type=Path, required=True, help="folder of sst2/ and cola/")
-    parser.add_argument("--classes", type=int, choices=[2, 4], default=2)
+    parser.add_argument("--sets", nargs="+", choices=["sst2", "cola"], default=["sst2"], help="two classes each")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--test-rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
@@ -300,14 +300,14 @@ def main() -> None:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         adapter = options.adapter or Path(folder)
-        setup = Setup(options.base, options.classes, options.data, options.rows, options.test_rows, adapter)
+        setup = Setup(options.base, tuple(options.sets), options.data, options.rows, options.test_rows, adapter)
         if options.child:
             print(peak(setup, *options.child))
             return
         setup.train(options.epochs)
         methods = [method for method in options.methods if installed(method)]
         everything = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
-        results = everything.setdefault(f"{setup.base}, K = {setup.classes}, {setup.rows} rows", {})
+        results = everything.setdefault(f"{setup.base}, {' + '.join(setup.sets)}, {setup.rows} rows", {})
         for part in options.parts:
             results[part] = measure(part, setup, methods, options.rounds, results.get(part))
     print(table(results))

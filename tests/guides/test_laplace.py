@@ -269,6 +269,7 @@ def test_by_default_validation_decides_where_there_is_any(validation: bool) -> N
         guide.tune(program, precision=precision)
         found[precision] = precisions(guide)
     own, *others = found.values() if not validation else reversed(found.values())
+    assert guide.saw_validation(program) == validation  # the last of the two
     assert all(torch.equal(chosen[name], own[name]) for name in chosen)
     assert not any(torch.equal(chosen[name], other[name]) for other in others for name in chosen)
 
