@@ -84,6 +84,7 @@ def test_members_that_predict_otherwise_are_mixed_in_probability(tmp_path: Path)
     thirds = draws.reshape(3, len(draws) // 3, *draws.shape[1:]).mean(1)
     assert torch.allclose(thirds[0], own[0], atol=1e-6) and torch.allclose(thirds[1], own[1], atol=1e-6)
     assert not posterior.guide.joint_draws and not torch.allclose(thirds[2], own[1], atol=1e-4)
+    assert posterior.guide.saw_validation(program) and not point.saw_validation(program)
 
 
 def test_members_with_local_variables(tmp_path: Path) -> None:
