@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test clean
+.PHONY: demo test benchmark clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ test: $(VENV)/.test
 	$(BIN)/ruff check pyrolora tests tutorials
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
+
+# Costs as ratios to plain PEFT LoRA, and how they grow; runs/benchmark/table.md. About half an hour.
+benchmark: $(VENV)/.test
+	$(BIN)/python tests/benchmarks/benchmark.py --output runs/benchmark
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

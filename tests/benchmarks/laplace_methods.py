@@ -39,6 +39,7 @@ from pyrolora.priors.base import Prior
 from pyrolora.priors.flat import Flat
 from pyrolora.priors.normal import Normal
 from pyrolora.program import PyroLoRA
+from pyrolora.tasks.physical_commonsense import PhysicalCommonsense
 from pyrolora.tasks.sequence_classification import SequenceClassification
 
 Batch = Mapping[str, Tensor]
@@ -57,7 +58,8 @@ class Setup:
     Attributes:
         base: One of `BASES`. MiniLM is padded on the right, as its tokenizer does; a Llama, whose weights are random,
             on the left, which is what bayesian-lora reads.
-        sets: ``sst2``, ``cola``, or both: then the class is whose a sentence is, and its label there.
+        sets: Of ``commonsense`` (the embedded task), ``sst2`` and ``cola``; where several, the class is whose a
+            sentence is, and its label there.
         data: Folder of sst2/ and cola/, JSON Lines of text and label.
         rows, test_rows: How many sentences; rows is cut to a multiple of the batch.
         adapter: Folder of the trained adapter.
@@ -65,7 +67,7 @@ class Setup:
 
     base: str
     sets: tuple[str, ...]
-    data: Path
+    data: Path | None
     rows: int
     test_rows: int
     adapter: Path
@@ -352,13 +354,22 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     return model(**_inputs(batch)).logits
 
 
-def _sentences(folder: Path, split: str, sets: Sequence[str], size: int) -> Dataset:
+def _sentences(folder: Path | None, split: str, sets: Sequence[str], size: int) -> Dataset:
     """``size`` sentences, as many of each set; the labels of set i are 2i and 2i + 1."""
-    files = {"sst2": f"{split}.jsonl", "cola": {"train": "train.jsonl", "test": "validation_in_domain.jsonl"}[split]}
     parts = []
     for i, name in enumerate(sets):
-        read: Any = load_dataset("json", data_files=str(folder / name / files[name]), split="train")
-        part = read.shuffle(seed=0).select(range(size // len(sets)))
-        rows = [{"text": text, "label": label + 2 * i} for text, label in zip(part["text"], part["label"], strict=True)]
+        read = _read(folder, split, name).shuffle(seed=0)[: size // len(sets)]
+        rows = [{"text": text, "label": label + 2 * i} for text, label in zip(read["text"], read["label"], strict=True)]
         parts.append(Dataset.from_list(rows))
     return concatenate_datasets(parts).shuffle(seed=0)
+
+
+def _read(folder: Path | None, split: str, name: str) -> Dataset:
+    if name == "commonsense":
+        task = PhysicalCommonsense(AutoTokenizer.from_pretrained(MINILM))
+        return getattr(task, split).rename_column("labels", "label")
+    if folder is None:
+        raise SystemExit(f"--sets {name} is read from files: give --data, or take --sets commonsense")
+    files = {"sst2": f"{split}.jsonl", "cola": {"train": "train.jsonl", "test": "validation_in_domain.jsonl"}[split]}
+    read: Any = load_dataset("json", data_files=str(folder / name / files[name]), split="train")
+    return read

@@ -4,13 +4,14 @@ The peers are no dependencies. In an environment that has pyrolora with its test
     pip install --no-deps laplace-torch==0.3 bayesian-lora==0.0.6 curvlinops-for-pytorch==3.0.1 asdfghjkl==0.1a4 \\
         backpack-for-pytorch==1.7.1 linear_operator==0.6.1 einops==0.8.2 einconv==0.1.0 unfoldNd==0.2.3 \\
         jaxtyping==0.3.11 opt_einsum==3.4.0 torchmetrics
-Run, in the root of the repository (a peer that is not installed is reported as such):
-    python -m tests.benchmarks.laplace_peers fit predict --base minilm --data FOLDER --out peers.json
-    python -m tests.benchmarks.laplace_peers memory scores --base llama --rows 64 --data FOLDER --out peers.json
-    python -m tests.benchmarks.laplace_peers scores --base tiny-bert --sets sst2 cola --data FOLDER
+Run (a peer that is not installed is reported as such):
+    python tests/benchmarks/laplace_peers.py fit predict --base minilm --out peers.json
+    python tests/benchmarks/laplace_peers.py memory scores --base llama --rows 64 --sets sst2 --data FOLDER
+    python tests/benchmarks/laplace_peers.py scores --base tiny-bert --sets sst2 cola --data FOLDER
 
-FOLDER holds sst2/ and cola/ as JSON Lines (text, label). All methods get the same adapter, which is trained first, and
-the same batches of 16. What the file of `--out` has stays: rounds are added, and rows of other `--methods` kept.
+Without --sets the sentences are the embedded task's; FOLDER holds sst2/ and cola/ as JSON Lines (text, label). All
+methods get the same adapter, which is trained first, and the same batches of 16. What the file of `--out` has stays:
+rounds are added, and rows of other `--methods` kept.
 
 fit: the time of the curvature of `rows` sentences, in epochs of plain LoRA over the same batches (forward and backward,
     no optimiser). The bound to compare with is (1 + 2K)/3 for the exact Fisher information, 1 for one label.
@@ -44,11 +45,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from peft import PeftModel
-from torch import Tensor
-
-from pyrolora.diagnostics.calibration import expected_calibration_error, negative_log_likelihood
-from tests.benchmarks.laplace_methods import (
+from laplace_methods import (
     BASES,
     METHODS,
     Batch,
@@ -59,7 +56,11 @@ from tests.benchmarks.laplace_methods import (
     build,
     installed,
 )
-from tests.benchmarks.step_time import clock, interval
+from peft import PeftModel
+from step_time import clock, interval
+from torch import Tensor
+
+from pyrolora.diagnostics.calibration import expected_calibration_error, negative_log_likelihood
 
 PLAIN = "plain LoRA"
 PARTS = ("fit", "predict", "memory", "scores")
@@ -134,8 +135,9 @@ def quick(run: Callable[[], Any]) -> float:
 
 def peak_in_child(setup: Setup, method: str, phase: str) -> float:
     """Megabytes that a method's fit or prediction adds at its peak, measured in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.laplace_peers", "memory", "--base", setup.base]
-    command += ["--data", str(setup.data), "--rows", str(setup.rows), "--test-rows", str(setup.test_rows)]
+    command = [sys.executable, "-W", "ignore", __file__, "memory", "--base", setup.base]
+    command += ["--rows", str(setup.rows), "--test-rows", str(setup.test_rows)]
+    command += ["--data", str(setup.data)] if setup.data else []
     command += ["--sets", *setup.sets, "--adapter", str(setup.adapter), "--child", method, phase]
     # So that what is freed goes back to the system at once, and is not counted as in use before the call.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -279,8 +281,9 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--base", choices=BASES, default="minilm")
-    parser.add_argument("--data", type=Path, required=True, help="folder of sst2/ and cola/")
-    parser.add_argument("--sets", nargs="+", choices=["sst2", "cola"], default=["sst2"], help="two classes each")
+    parser.add_argument("--data", type=Path, help="folder of sst2/ and cola/")
+    sets = ["commonsense", "sst2", "cola"]
+    parser.add_argument("--sets", nargs="+", choices=sets, default=["commonsense"], help="two classes each")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--test-rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)

