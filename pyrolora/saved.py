@@ -52,8 +52,11 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def posterior_of(folder: Path, recipe: Recipe, task: Task) -> Posterior:
-    """A saved posterior on its base model, over a task that is built already."""
-    return Posterior.from_pretrained(folder, recipe.load_base(task, seed=read_meta(folder)["seed"]), task=task)
+    """A saved posterior on its base model, over a task that is built already, on this process's device."""
+    base: Any = recipe.load_base(task, seed=read_meta(folder)["seed"])
+    if not getattr(base, "is_quantized", False):  # those are where their loader has put them
+        base.to(processes.device())
+    return Posterior.from_pretrained(folder, base, task=task)
 
 
 def prepare(folder: Path, identity: Mapping[str, Any], resume: bool) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pyrolora.construct import RecipeError
+from pyrolora.inference.processes import refuse
+from pyrolora.inference.stream import predict_to_parquet
 from pyrolora.saved import load
+from pyrolora.tasks.data import on_disk
 
 TABLES: dict[str, Callable[[Any, Path], Any]] = {
     ".csv": lambda table, path: table.to_csv(path, index=False),
@@ -17,23 +20,35 @@ TABLES: dict[str, Callable[[Any, Path], Any]] = {
 
 
 def predict(folder: Path, file: Path, *, draws: int = 16, seed: int = 0, output: Path | None = None) -> None:
-    """Predicts new rows with uncertainty: a table on screen, or a file.
+    """Predicts new rows with uncertainty: a table on screen, a file, or a folder.
+
+    A folder takes any number of rows: they stay on disk, and each 4,096 of
+    them become one Parquet file. Called again it goes on where it stopped,
+    and several processes share the work.
 
     Examples:
       pyrolora predict runs/mf questions.jsonl
       pyrolora predict runs/mf questions.csv --output predictions.parquet
+      torchrun --nproc-per-node 8 -m pyrolora.cli predict runs/mf all.parquet --output parts
 
     Args:
         folder: What `pyrolora fit` wrote.
         file: Rows with the columns of the recipe's data (.jsonl, .csv, .parquet, ...); labels are not needed.
         draws: Number of draws; 0 uses the posterior's mean weights.
         seed: Of the draws.
-        output: A .csv, .jsonl or .parquet file; without it a table is printed.
+        output: A .csv, .jsonl or .parquet file, or a folder; without it a table is printed.
     """
-    if output is not None and output.suffix not in TABLES:
-        raise RecipeError(f"--output {output}: the ending is one of {', '.join(TABLES)}")
+    if output is not None and output.suffix and output.suffix not in TABLES:
+        raise RecipeError(f"--output {output}: the ending is one of {', '.join(TABLES)}, or none, for a folder")
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
+    if output is not None and not output.suffix:
+        posterior, task = load(folder)
+        rows = on_disk(file, text_columns=task.text_columns)
+        parts = predict_to_parquet(posterior, rows, output, draws, seed=seed)
+        print(f"{len(rows)} predictions in {len(parts)} file{'s' if len(parts) > 1 else ''} in {output}")
+        return
+    refuse("a prediction into one table", "give --output a folder, and each process writes its share of the parts")
     posterior, task = load(folder)
     table = posterior.predict(task.tokenise(str(file)), draws, seed=seed).to_pandas()
     if output is None:

@@ -46,8 +46,19 @@ def refuse(what: str, instead: str) -> None:
     Raises:
         ValueError: Several processes were launched.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"{what} is the work of one process, not of {os.environ['WORLD_SIZE']}: {instead}")
+    if launched()[1] > 1:
+        raise ValueError(f"{what} is the work of one process, not of {launched()[1]}: {instead}")
+
+
+def launched() -> tuple[int, int]:
+    """The number of this process and how many were launched with it, whether or not they talk to one another."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """Where this process computes: the accelerator with its number on this machine, or the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _together() -> bool:

@@ -154,6 +154,38 @@ def read(source: Source, *, split: str, text_columns: Sequence[str] = ()) -> Tab
     return _renamed(table, columns) if columns else table
 
 
+def on_disk(path: Path, *, text_columns: Sequence[str] = ()) -> datasets.Dataset:
+    """The rows of a file of any size: `datasets` converts it into its cache once, and no row stays in memory.
+
+    Args:
+        path: a .jsonl, .json, .csv, .tsv or .parquet file; also .gz of text.
+        text_columns: as of :func:`read`.
+
+    Raises:
+        DataError: the file cannot be read, or has no rows.
+    """
+    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    separated: dict[str, Any] = {"converters": dict.fromkeys(text_columns, str), "keep_default_na": False}
+    readers: dict[str, Callable[[str], Any]] = {
+        ".jsonl": datasets.Dataset.from_json,
+        ".json": datasets.Dataset.from_json,
+        ".csv": lambda file: datasets.Dataset.from_csv(file, **separated),
+        ".tsv": lambda file: datasets.Dataset.from_csv(file, sep="\t", **separated),
+        ".parquet": datasets.Dataset.from_parquet,
+    }
+    if suffix not in readers:
+        raise DataError(f"{path}: cannot read '{suffix}' files; use one of {', '.join(readers)} (.gz for text).")
+    try:
+        rows: datasets.Dataset = readers[suffix](str(path))
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        if "no data" in str(error):  # what `datasets` says of a header alone
+            raise DataError(f"{path}: no rows.") from error
+        raise DataError(f"{path}: damaged, or no {suffix} file in UTF-8: {error.__cause__ or error}") from error
+    if len(rows) == 0:
+        raise DataError(f"{path}: no rows.")
+    return rows
+
+
 def _renamed(table: Table, columns: Mapping[str, str]) -> Table:
     """The table with columns under the task's names; a column that had such a name already makes way."""
     if absent := [name for name in columns.values() if name not in table.names]:

@@ -37,6 +37,36 @@ def test_predict(fitted: Path, rows: Path, tmp_path: Path, capsys: Captured) -> 
             assert float(row[name]) == pytest.approx(float(parquet[name][i]), abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["many.jsonl", "many.csv", "many.parquet"])
+def test_predict_into_a_folder(name: str, fitted: Path, tmp_path: Path, capsys: Captured) -> None:
+    """Law: a folder gets the rows in parts, with the numbers that one table has; again, they stay as they are."""
+    frame = pd.DataFrame({"text": ["a warm house", "NA", "stone", "007"]})
+    file = tmp_path / name
+    {
+        ".jsonl": lambda: frame.to_json(file, orient="records", lines=True),
+        ".csv": lambda: frame.to_csv(file, index=False),
+    }.get(file.suffix, lambda: frame.to_parquet(file))()
+    for _ in range(2):
+        main(["predict", str(fitted), str(file), "--draws", "4", "--output", str(tmp_path / "parts")])
+        assert f"4 predictions in 1 file in {tmp_path / 'parts'}" in capsys.readouterr().out
+    main(["predict", str(fitted), str(file), "--draws", "4", "--output", str(tmp_path / "one.parquet")])
+    one, parts = pd.read_parquet(tmp_path / "one.parquet"), pd.read_parquet(tmp_path / "parts")
+    assert list(parts["text"]) == list(frame["text"])
+    assert one.pop("label").isna().all() and parts.pop("label").isna().all()  # without values they have no one type
+    pd.testing.assert_frame_equal(one, parts, check_dtype=False, atol=1e-6)
+
+
+def test_predict_in_processes(
+    fitted: Path, rows: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: several processes share a folder, and are refused where they would write one table several times."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert "give --output a folder" in fails(capsys, "predict", fitted, rows, "--output", tmp_path / "p.csv")
+    main(["predict", str(fitted), str(rows), "--output", str(tmp_path / "parts")])
+    assert not list((tmp_path / "parts").iterdir())  # the only part is the other process's
+
+
 def test_predict_bad_files(fitted: Path, rows: Path, tmp_path: Path, capsys: Captured) -> None:
     """Law: a missing file, a missing column and unknown endings are one line that names them."""
     assert "none.jsonl does not exist" in fails(capsys, "predict", fitted, tmp_path / "none.jsonl")

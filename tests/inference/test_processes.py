@@ -176,3 +176,24 @@ def test_work_of_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         processes.refuse("a comparison", "start it alone")
     monkeypatch.setenv("WORLD_SIZE", "1")
     processes.refuse("a comparison", "start it alone")
+
+
+def test_launched_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a launcher's environment says who and how many; without one a process is alone."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert processes.launched() == (0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert processes.launched() == (3, 4)
+
+
+def test_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: each process on a machine has an accelerator of its own; without one it computes on the CPU."""
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    assert processes.device() == torch.device("cuda:2")
+    monkeypatch.delenv("LOCAL_RANK")
+    assert processes.device() == torch.device("cuda:0")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert processes.device() == torch.device("cpu")

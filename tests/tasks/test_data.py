@@ -11,7 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pyrolora.tasks.data import DataError, DataSource, Table, carve, missing, read, stop_at, subsample, text_problems
+from pyrolora.tasks.data import (
+    DataError,
+    DataSource,
+    Table,
+    carve,
+    missing,
+    on_disk,
+    read,
+    stop_at,
+    subsample,
+    text_problems,
+)
 
 ROWS = [{"text": "good film", "label": 1}, {"text": "NA", "label": 0}, {"text": "007", "label": 1}]
 
@@ -235,3 +246,36 @@ def test_a_source_may_name_its_columns_otherwise(tmp_path, kind):
     assert table.column("question_stem") == ["q", "r"] and table.column("key") == [1, 0]
     with pytest.raises(DataError, match="no column 'stem'; its columns are"):
         read(DataSource(str(path), columns={"question": "stem"}), split="far")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz"])
+def test_rows_stay_on_disk(tmp_path, suffix):
+    """Law: the rows are those that `read` gives, from a file of the cache, not from memory; texts in CSV stay."""
+    rows = {"text": ["007", "NA", "a, b", "ü\u2028x"], "label": ["no", "yes", "no", "no"]}
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table(rows), path)
+    elif suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, delimiter="," if suffix == ".csv" else "\t")
+            writer.writerows([rows, *zip(*rows.values(), strict=True)])
+    else:
+        objects = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        text = json.dumps(objects) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in objects)
+        path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
+    found = on_disk(path, text_columns=("text",))
+    assert found.to_dict() == rows == read(path, split="new", text_columns=("text",)).dataset().to_dict()
+    assert found.cache_files and all(Path(file["filename"]).is_file() for file in found.cache_files)
+
+
+def test_files_that_cannot_stay_on_disk_are_named(tmp_path):
+    """Law: an unknown ending, a damaged file and one without rows are errors with the file's name."""
+    for name, content, message in (
+        ("a.xml", b"<a/>", "cannot read '.xml' files"),
+        ("a.parquet", b"PAR1 no", "damaged"),
+        ("a.jsonl", b'{"text": "a"\n', "damaged"),
+        ("a.csv", b"text\n", "no rows"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: .*{message}"):
+            on_disk(tmp_path / name)
