@@ -12,6 +12,7 @@ from pyrolora.inference.generation import Generation
 from pyrolora.inference.join import join
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.prediction import Prediction
+from pyrolora.inference.sharding import shard
 from pyrolora.inference.stream import predict_to_parquet
 from pyrolora.program import PyroLoRA
 from pyrolora.recipe import Recipe
@@ -38,5 +39,6 @@ __all__ = [
     "likelihoods",
     "predict_to_parquet",
     "priors",
+    "shard",
     "tasks",
 ]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -23,7 +23,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Independent, constraints
 
-from pyrolora.adapters.checkpoint import load_adapter
+from pyrolora.adapters.checkpoint import fingerprint, load_adapter
 from pyrolora.adapters.placement import Pass, Placement
 from pyrolora.adapters.sites import SiteGroup, find_sites
 from pyrolora.distributions.flat import Flat
@@ -150,6 +150,11 @@ class PyroLoRA(nn.Module):
     def device(self) -> torch.device:
         """Where the adapters are: draws are made there."""
         return self.placement.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the base model's weights, which never change: see `adapters.fingerprint`."""
+        return fingerprint(self.model)
 
     @property
     def running(self) -> Mapping[str, Tensor]:

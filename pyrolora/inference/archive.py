@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pyrolora.adapters.checkpoint import fingerprint, read_config
+from pyrolora.adapters.checkpoint import read_config
 from pyrolora.adapters.sites import AdapterError
 from pyrolora.guides.base import Guide
 from pyrolora.likelihoods.base import Likelihood
@@ -239,7 +239,7 @@ def check_fits(program: PyroLoRA, meta: Mapping[str, Any], folder: Path) -> None
     sites = {name: list(site.shape) for name, site in program.sites.items()}
     if sites != meta["sites"]:
         raise ArchiveError(f"{folder}: made for sites {meta['sites']}, this base model has {sites}")
-    if fingerprint(program.model) != meta["fingerprint"]:
+    if program.fingerprint != meta["fingerprint"]:
         raise ArchiveError(
             f"{folder}: the base model's weights are not those that the posterior was fitted on (their fingerprints "
             "differ). Load the same checkpoint; a head that is not in modules_to_save is initialised at random and "

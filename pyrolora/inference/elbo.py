@@ -15,6 +15,7 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import Independent, kl_divergence
+from torch.nn.parallel import DistributedDataParallel
 
 from pyrolora.guides.base import Guide
 from pyrolora.program import Batch, PyroLoRA
@@ -117,6 +118,9 @@ class Objective(nn.Module):
         self.guide = guide
         self.elbo = TemperedELBO(temperature, num_particles)
         self._model = guide.augmented(program)
+        # Every process has loaded the same frozen base: DDP need not send it, and cannot where it is sharded.
+        states = (*self.program.named_parameters(prefix="program"), *self.program.named_buffers(prefix="program"))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, [name for name, _ in states])
         self._validated = False
         self._mode: bool | None = None
 

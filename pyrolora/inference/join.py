@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pyrolora.adapters.checkpoint import fingerprint
 from pyrolora.guides.ensemble import Ensemble
 from pyrolora.inference import archive
 from pyrolora.inference.posterior import Posterior
@@ -28,7 +27,7 @@ def join(posteriors: Sequence[Posterior]) -> Posterior:
     for i, other in enumerate(posteriors[1:], start=1):
         for what, of_first, own in (
             ("sites", _sites(first), _sites(other)),
-            ("base weights", fingerprint(first.program.model), fingerprint(other.program.model)),
+            ("base weights", first.program.fingerprint, other.program.fingerprint),
             ("priors", archive.describe(first.program.declared), archive.describe(other.program.declared)),
             ("temperature β", first.temperature, other.temperature),
         ):

@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from xarray import DataTree
 
-from pyrolora.adapters.checkpoint import export_adapter, fingerprint
+from pyrolora.adapters.checkpoint import export_adapter
 from pyrolora.guides.base import Guide, matches
 from pyrolora.inference import archive, datatree, processes
 from pyrolora.inference.density import paired_traces, traces, values_of
@@ -300,7 +300,7 @@ class Posterior:
             "seed": self.seed,
             "class_names": list(self._class_names()),
             "sites": {name: list(site.shape) for name, site in program.sites.items()},
-            "fingerprint": fingerprint(program.model),
+            "fingerprint": program.fingerprint,
             "versions": {name: version(name) for name in ("torch", "pyro-ppl", "peft", "transformers")},
             "history": self.history,
         }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from pyrolora.program import NATURAL, Batch, PyroLoRA, evaluating
@@ -59,7 +60,9 @@ class Runner:
         self.chunk_size = chunk_size
         self.natural = natural
         if vectorise is None:
-            vectorise = program.device.type != "cpu" or shared_prefix(program, draws) >= 0.2
+            sharded = any(isinstance(module, FSDPModule) for module in program.model.modules())
+            pays = program.device.type != "cpu" or shared_prefix(program, draws) >= 0.2
+            vectorise = pays and not sharded  # vmap cannot follow the gathering of weights
         self.vectorise = vectorise
 
     @torch.no_grad()

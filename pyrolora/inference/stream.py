@@ -13,7 +13,6 @@ from datasets import Dataset
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from pyrolora.adapters.checkpoint import fingerprint
 from pyrolora.inference import processes
 from pyrolora.inference.archive import describe, replacing
 from pyrolora.inference.posterior import Posterior
@@ -121,7 +120,7 @@ def _identity(posterior: Posterior, num_draws: int, seed: int) -> bytes:
     about = [describe(guide), describe(program.likelihood), list(getattr(program.task, "class_names", ()))]
     numbers = [posterior.scaling, posterior.seed, num_draws, seed]
     state = {name: value.detach().cpu().contiguous() for name, value in guide.state_dict().items()}
-    return _digest(json.dumps([about, numbers, fingerprint(program.model)], default=str).encode(), save(state))
+    return _digest(json.dumps([about, numbers, program.fingerprint], default=str).encode(), save(state))
 
 
 def _content(block: Dataset) -> Iterator[bytes]:

@@ -40,6 +40,11 @@ class ELBOTrainer(Trainer):
                 f"weight_decay={args.weight_decay} is a Normal prior in disguise. Declare it instead: "
                 "priors.Normal(scale) on the sites that should shrink."
             )
+        if args.fsdp or args.deepspeed:
+            raise ValueError(
+                "fsdp and deepspeed shard what is trained, which here is small, and would gather it over the draws. To "
+                "share the frozen base between processes leave them out, and call pyrolora.shard(program) before fit."
+            )
         self.objective: Objective = objective
         self._terms: list[Terms] = []
         super().__init__(model=objective, **kwargs)

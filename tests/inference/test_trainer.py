@@ -142,6 +142,13 @@ def test_progress_shows_the_objective(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "elbo=" not in capsys.readouterr().err
 
 
+def test_sharding_by_the_trainer_is_refused(tmp_path: Path) -> None:
+    """Law: what would shard the adapters stops before training, and the message names what shards the base instead."""
+    for options in ({"fsdp": "full_shard"}, {"fsdp": True}):
+        with pytest.raises(ValueError, match=r"pyrolora.shard\(program\) before fit"):
+            trainer(tmp_path, MAP(), **options)
+
+
 # -- optimiser -------------------------------------------------------------------------------------------------------
 
 
