@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from sweep import BLOB, EPOCHS, MOST_ROWS, SCALE_OF_B, make_task, rows_of
+from sweep import BLOB, EPOCHS, SCALE_OF_B, make_task
 
 SCALES = {"scale_learning_rate": 7.0}
 GUIDES: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ GUIDES: dict[str, dict[str, Any]] = {
 TEMPERATURE = {"MeanField": 0.05, "BLoB": 0.05, "SGLD": 0.05}
 
 
-def recipe(name: str, data: Path | None, folder: Path, *, dropout: float) -> dict[str, Any]:
+def recipe(name: str, data: Path | None, folder: Path, *, dropout: float, rows: int) -> dict[str, Any]:
     """The recipe of a task; its data stand beside it, cut to what is evaluated."""
     training: dict[str, Any] = {"learning_rate": 2e-3, "num_train_epochs": EPOCHS.get(name, 12)}
     training |= {"per_device_train_batch_size": 16, "train_sampling_strategy": "group_by_length"}
@@ -56,26 +56,28 @@ def recipe(name: str, data: Path | None, folder: Path, *, dropout: float) -> dic
         },
         "guides": GUIDES,
         "temperature": TEMPERATURE,
-        "task": described(name, data, folder),
+        "task": described(name, data, folder, rows),
         "training": training,
     }
 
 
-def described(name: str, data: Path | None, folder: Path) -> dict[str, Any]:
-    """The task of a recipe; its splits are written as JSON Lines."""
+def described(name: str, data: Path | None, folder: Path, rows: int) -> dict[str, Any]:
+    """The task of a recipe; its splits are written as JSON Lines, those for evaluation with so many rows at most."""
     if name == "commonsense":
-        return {"class_path": "PhysicalCommonsense", "init_args": {"num_train": 400}}
+        return {
+            "class_path": "PhysicalCommonsense",
+            "init_args": {"num_train": 400, "num_test": rows, "num_ood": rows},
+        }
     task = make_task(name, data)
-    splits: Mapping[str, Any] = {
-        "train": task.train,
-        **{split: rows_of(task, split) for split in MOST_ROWS},
-        **{f"ood-{far}": rows for far, rows in task.ood.items()},
-    }
-    for split, rows in splits.items():
+    ood = {f"ood-{far}": split for far, split in task.ood.items()}
+    splits: Mapping[str, Any] = {"train": task.train, "validation": task.validation, "test": task.test, **ood}
+    most = {"train": len(task.train), "validation": 400}  # type: ignore[arg-type]
+    for split, content in splits.items():
+        cut = content[: most.get(split, rows)]
         with (folder / f"{name}-{split}.jsonl").open("w", encoding="utf-8") as file:
-            for text, label in zip(rows["text"], rows["labels"], strict=True):
+            for text, label in zip(cut["text"], cut["labels"], strict=True):
                 file.write(json.dumps({"text": text, "label": task.class_names[int(label)]}) + "\n")
-    arguments: dict[str, Any] = {split: f"{name}-{split}.jsonl" for split in ("train", *MOST_ROWS)}
+    arguments: dict[str, Any] = {split: f"{name}-{split}.jsonl" for split in ("train", "validation", "test")}
     if task.ood:
         arguments["ood"] = {far: f"{name}-ood-{far}.jsonl" for far in task.ood}
     return {"class_path": "SequenceClassification", "init_args": {**arguments, "class_names": list(task.class_names)}}
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("--guides", nargs="+", default=list(GUIDES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=500, help="of each split that is evaluated, at most")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--write-only", action="store_true")
@@ -101,7 +104,7 @@ def main() -> None:
             if not guides:
                 continue
             path = options.output / f"{stem}.yaml"
-            content = recipe(name, options.data, options.output, dropout=dropout)
+            content = recipe(name, options.data, options.output, dropout=dropout, rows=options.rows)
             path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
             numbers = {"--seeds": options.seeds, "--draws": options.draws, "--processes": options.processes}
             command = ["compare", str(path), "--guides", *guides, "--output", str(options.output / stem)]
