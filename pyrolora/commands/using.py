@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyrolora.construct import RecipeError
-from pyrolora.inference.processes import refuse
+from pyrolora.inference.processes import launched, refuse
 from pyrolora.inference.stream import predict_to_parquet
 from pyrolora.saved import load
 from pyrolora.tasks.data import on_disk
@@ -46,7 +46,9 @@ def predict(folder: Path, file: Path, *, draws: int = 16, seed: int = 0, output:
         posterior, task = load(folder)
         rows = on_disk(file, text_columns=task.text_columns)
         parts = predict_to_parquet(posterior, rows, output, draws, seed=seed)
-        print(f"{len(rows)} predictions in {len(parts)} file{'s' if len(parts) > 1 else ''} in {output}")
+        rank, count = launched()
+        share = f"process {rank} of {count}: its share of " if count > 1 else ""
+        print(f"{share}{len(rows)} predictions in {len(parts)} file{'s' if len(parts) > 1 else ''} in {output}")
         return
     refuse("a prediction into one table", "give --output a folder, and each process writes its share of the parts")
     posterior, task = load(folder)

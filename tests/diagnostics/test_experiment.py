@@ -3,6 +3,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from pyrolora.report.html import render
 from tests.recipes import CONTENT, write_recipe
 
 METHODS = ["MAP", "MeanField"]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -207,6 +212,33 @@ def test_an_interruption_keeps_what_is_finished(
     monkeypatch.setattr(cells, "fit", counted)
     assert len(go(recipe, tmp_path, METHODS)["cells"]) == 6
     assert fits == ["LoRA", "MAP", "MeanField"]
+
+
+@pytest.mark.slow
+def test_killed_and_called_again(recipe: Path, tmp_path: Path, fits: list[str]) -> None:
+    """Law: after a SIGKILL the results on disk are whole, and called again the comparison ends with the numbers of one
+    that nothing happened to, without another fit of what was finished."""
+    whole = go(recipe, tmp_path / "whole", METHODS, seeds=[0, 1])
+    fits.clear()
+    command = [sys.executable, "-W", "ignore", "-m", "pyrolora.cli", "compare", str(recipe), "--guides", *METHODS]
+    command += ["--seeds", "2", "--draws", "2", "--output", str(tmp_path / "killed")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "killed" / "cells" / "MeanField-seed0.json").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    part = json.loads((tmp_path / "killed" / "results.json").read_text())
+    assert {cell["method"] for cell in part["cells"]} >= {"LoRA", "MAP"}
+    again = go(recipe, tmp_path / "killed", METHODS, seeds=[0, 1])
+    assert len(fits) <= 3 and "LoRA" not in fits[1:]
+    for found, expected in zip(again["cells"], whole["cells"], strict=True):
+        assert (found["method"], found["seed"], found["split"]) == tuple(
+            expected[k] for k in ("method", "seed", "split")
+        )
+        assert found["metrics"]["nll"]["value"] == pytest.approx(expected["metrics"]["nll"]["value"], rel=1e-4)
 
 
 def test_a_launcher_is_refused(recipe: Path, tmp_path: Path, fits: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
