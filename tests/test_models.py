@@ -100,6 +100,15 @@ HUB: Mapping[tuple[str, str | None], tuple[tuple[str, ...], Callable[[int], Row]
         )
         for name in ("high", "middle")
     },
+    ("allenai/winogrande", "winogrande_s"): (
+        ("train", "validation", "test"),
+        lambda i: {
+            "sentence": "The trophy does not fit into the case because the _ is too big.",
+            "option1": "trophy",
+            "option2": "case",
+            "answer": "12"[i % 2],
+        },
+    ),
     ("google/boolq", None): (
         ("train", "validation"),
         lambda i: {"question": "is ice cold", "answer": i % 2 == 0, "passage": "Ice is frozen water. " * 30},
