@@ -15,7 +15,7 @@ from pyrolora.adapters.sites import SiteGroup
 from pyrolora.distributions.diagonal_precision import DiagonalPrecisionNormal
 from pyrolora.distributions.kronecker import LowRankKroneckerNormal
 from pyrolora.guides.base import Card, Guide, check_choice, key, matches
-from pyrolora.guides.curvature import batches, curvature
+from pyrolora.guides.curvature import batches
 from pyrolora.guides.factors import Factors, Structure, Tokens, large_is_input
 from pyrolora.guides.linearised import (
     bridge,
@@ -37,6 +37,7 @@ from pyrolora.guides.precision import (
     validates,
     validation_rows,
 )
+from pyrolora.guides.shares import shared_curvature
 from pyrolora.likelihoods.base import ClassLikelihood
 from pyrolora.program import Batch, Latent, PyroLoRA
 
@@ -142,7 +143,7 @@ class Laplace(Guide):
         return self.points[key(latent)] if self._wanted(latent) else super().point(latent)
 
     def post_fit(self, program: PyroLoRA, data: Dataset) -> None:
-        found, total = curvature(
+        found, total = shared_curvature(
             program,
             self._values(),
             self._groups(),

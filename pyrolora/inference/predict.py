@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
+from pyrolora.adapters.shards import is_sharded
 from pyrolora.program import NATURAL, Batch, PyroLoRA, evaluating
 
 logger = logging.getLogger("pyrolora")
@@ -60,9 +60,8 @@ class Runner:
         self.chunk_size = chunk_size
         self.natural = natural
         if vectorise is None:
-            sharded = any(isinstance(module, FSDPModule) for module in program.model.modules())
             pays = program.device.type != "cpu" or shared_prefix(program, draws) >= 0.2
-            vectorise = pays and not sharded  # vmap cannot follow the gathering of weights
+            vectorise = pays and not is_sharded(program.model)
         self.vectorise = vectorise
 
     @torch.no_grad()
