@@ -27,7 +27,7 @@ from pyrolora.inference.trainer import NonFiniteError
 from tests.programs import sentence_task, tiny_program
 
 ROOT = Path(__file__).parents[2]
-GUIDES: tuple[Guide, ...] = (MAP(), MeanField(), Laplace(precision=1.0, rank=2), SGLD(size=2, cycles=1))
+GUIDES: tuple[Guide, ...] = (MAP(), MeanField(), Laplace(precision=1.0, structure="diagonal"), SGLD(size=2, cycles=1))
 NAMES = [type(guide).__name__ for guide in GUIDES]
 
 

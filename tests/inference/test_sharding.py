@@ -26,7 +26,7 @@ from tests.inference.test_processes import arguments
 from tests.programs import sentence_task, tiny_bert, tiny_program
 
 ROOT = Path(__file__).parents[2]
-GUIDES: tuple[Guide, ...] = (MAP(), MeanField(), Laplace(precision=1.0, rank=2))
+GUIDES: tuple[Guide, ...] = (MAP(), MeanField(), Laplace(precision=1.0, structure="diagonal"))
 NAMES = [type(guide).__name__ for guide in GUIDES]
 
 
