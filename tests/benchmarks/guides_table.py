@@ -30,7 +30,7 @@ GUIDES: dict[str, dict[str, Any]] = {
     "BLoB": {"class_path": "MeanField", "init_args": BLOB},
     "InputAdaptive": {},
     "Subspace": {},
-    "TFB": {},
+    "TFB": {"optimise": True},
     "SWAG": {},
     "Dropout": {},
     "Checkpoints": {},
