@@ -58,10 +58,14 @@ def compare(
         baseline=baseline,
         processes=processes,
     )
-    page = write_report(results, output / "report.html")
-    write_picture(results, output / "reliability.png")
-    print(table(results))
-    print(f"results in {output / 'results.json'}, report in {page}")
+    if results["cells"]:
+        page = write_report(results, output / "report.html")
+        write_picture(results, output / "reliability.png")
+        print(table(results))
+        print(f"results in {output / 'results.json'}, report in {page}")
+    if failed := results["failed"]:
+        lines = "".join(f"\n  {name}: {message}" for name, message in failed.items())
+        raise RecipeError(f"{len(failed)} failed; called again, only these are tried anew:{lines}")
 
 
 def report(folders: list[Path]) -> None:

@@ -51,7 +51,8 @@ def run(
     Each finished fit leaves the posterior ``<method>-seed<k>/``, each finished evaluation two files in ``cells/``.
     Called again, a fit is not repeated unless its recipe or training data have changed, nor an evaluation unless its
     posterior, any data or the number of draws have. ``results.json`` and ``results.parquet`` are written after every
-    cell, so that an interrupted comparison can be reported as far as it came.
+    cell, so that an interrupted comparison can be reported as far as it came. A cell that fails does not keep the
+    others from being made.
 
     Args:
         recipes: The probabilistic models. Where there are several, methods are called ``<recipe>: <guide>``.
@@ -64,7 +65,7 @@ def run(
         processes: How many cells are worked on at once, each with its share of the cores.
 
     Returns:
-        The results, as written to ``results.json``.
+        The results, as written to ``results.json``; ``failed`` has the message of each cell that raised, by its name.
 
     Raises:
         RecipeError: An unknown method; a task without classes, or without validation or test split; methods that are
@@ -84,15 +85,22 @@ def run(
         if cell.name in done:
             logger.info("%s, seed %d: finished before", cell.method.name, cell.seed)
 
+    failed: dict[str, str] = {}
+
     def written() -> dict[str, Any]:
         finished = [cell for cell in planned if cell.name in done]
         results = assemble(finished, tasks[methods[0].recipe.path], baseline=chosen, recipes=recipes)
+        results["failed"] = dict(failed)
         write(results, output)
         return results
 
     results = written()
-    for cell in _computed([cell for cell in planned if cell.name not in done], tasks, processes=processes):
-        done.add(cell.name)
+    for cell, error in _computed([cell for cell in planned if cell.name not in done], tasks, processes=processes):
+        if error is None:
+            done.add(cell.name)
+        else:
+            failed[cell.name] = str(error) or type(error).__name__
+            logger.error("%s, seed %d failed: %s", cell.method.name, cell.seed, failed[cell.name])
         results = written()
     return results
 
@@ -189,14 +197,18 @@ def _check_task(task: Task, recipe: Recipe) -> None:
             logger.info("%s: labels that are no classes of the task; not scored, only told apart from test", split)
 
 
-def _computed(pending: Sequence[Cell], tasks: Tasks, *, processes: int) -> Iterator[Cell]:
-    """Computes cells, and yields each when it is done."""
+def _computed(pending: Sequence[Cell], tasks: Tasks, *, processes: int) -> Iterator[tuple[Cell, Exception | None]]:
+    """Computes cells, and yields each when it is done, with what it raised."""
     if processes == 1 or len(pending) <= 1:
         for i, cell in enumerate(pending, start=1):
             doing = "evaluating" if cell.method.folder else "fitting"
             logger.info("[%d/%d] %s, seed %d: %s", i, len(pending), cell.method.name, cell.seed, doing)
-            cells.compute(cell, tasks[cell.method.recipe.path])
-            yield cell
+            try:
+                cells.compute(cell, tasks[cell.method.recipe.path])
+            except Exception as raised:
+                yield cell, raised
+            else:
+                yield cell, None
         return
     threads = max(1, torch.get_num_threads() // processes)
     # A forked process would inherit torch's threads, and locks that they hold.
@@ -208,10 +220,12 @@ def _computed(pending: Sequence[Cell], tasks: Tasks, *, processes: int) -> Itera
         futures = {pool.submit(_work, cell): cell for cell in pending}
         try:
             for i, future in enumerate(as_completed(futures), start=1):
-                future.result()
-                cell = futures[future]
-                logger.info("[%d/%d] %s, seed %d: done", i, len(pending), cell.method.name, cell.seed)
-                yield cell
+                cell, error = futures[future], future.exception()
+                if error is not None and not isinstance(error, Exception):
+                    raise error
+                if error is None:
+                    logger.info("[%d/%d] %s, seed %d: done", i, len(pending), cell.method.name, cell.seed)
+                yield cell, error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -21,6 +21,7 @@ The dictionary is JSON-able:
     examples: [{kind: wrong | methods | draws, score: confidence or nats, text, label,
                 says: {method: {probabilities (K), draws (S, K)}}}]
     heatmaps: [{title, unit, method, values: {kind of site: {layer: value}}}]
+    failed: {file name of a cell without results: what it raised}
 
 Everything but `cells` may be missing, and every number may be None or NaN.
 """

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from pyrolora.cli import main
 from tests.terminal import Captured
 
@@ -28,3 +30,16 @@ def test_compare_and_report(recipe: Path, tmp_path: Path, capsys: Captured) -> N
     assert "MAP-seed0" in (two / "report.html").read_text()
     main(["evaluate", str(tmp_path / "LoRA-seed0")])
     assert "1 draw(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_what_failed_is_said_at_the_end(recipe: Path, tmp_path: Path, capsys: Captured, processes: str) -> None:
+    """Law: a method that cannot be fitted here is named with its reason after the others' table and report."""
+    command = ["compare", str(recipe), "--guides", "TFB", "MAP", "--seeds", "1", "--processes", processes]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--output", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 1
+    assert "1 failed; called again, only these are tried anew:" in printed.err
+    assert "TFB-seed0: TFB: B of a layer is zero" in printed.err
+    assert "report.html" in printed.out and "MAP" in (tmp_path / "report.html").read_text()

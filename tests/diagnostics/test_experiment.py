@@ -117,7 +117,7 @@ def test_results_have_the_form_of_the_report(finished: tuple[Path, dict[str, Any
     """Law: what is returned is what results.json holds, and the report renders every method, split and prior of it."""
     output, results = finished
     assert json.loads((output / "results.json").read_text()) == results
-    keys = {"title", "task", "settings", "cells", "format", "baseline", "contrasts", "examples", "heatmaps"}
+    keys = {"title", "task", "settings", "cells", "format", "baseline", "contrasts", "examples", "heatmaps", "failed"}
     assert keys == results.keys()
     for cell in results["cells"]:
         assert cell["cost"].keys() == {"fit_seconds", "fit_memory", "predict_seconds", "parameters", "passes"}
@@ -212,6 +212,31 @@ def test_an_interruption_keeps_what_is_finished(
     monkeypatch.setattr(cells, "fit", counted)
     assert len(go(recipe, tmp_path, METHODS)["cells"]) == 6
     assert fits == ["LoRA", "MAP", "MeanField"]
+
+
+@pytest.mark.parametrize("broken", ["MAP", "LoRA"])
+def test_a_failing_fit_stops_no_other(
+    broken: str, recipe: Path, tmp_path: Path, fits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: of a cell that fails the results hold the message, and all other cells; called again, it alone is tried."""
+    counted = cells.fit
+
+    def failing(*arguments: Any, **options: Any) -> Posterior:
+        posterior = counted(*arguments, **options)
+        if fits[-1] == broken:
+            raise FloatingPointError("no number")
+        return posterior
+
+    monkeypatch.setattr(cells, "fit", failing)
+    results = go(recipe, tmp_path, METHODS)
+    assert {cell["method"] for cell in results["cells"]} == {"LoRA", *METHODS} - {broken}
+    assert results["failed"] == {f"{broken}-seed0": "no number"}
+    assert json.loads((tmp_path / "results.json").read_text())["failed"] == results["failed"]
+    assert "MeanField" in render(results)
+    monkeypatch.setattr(cells, "fit", counted)
+    fits.clear()
+    again = go(recipe, tmp_path, METHODS)
+    assert fits == [broken] and again["failed"] == {} and len(again["cells"]) == 6
 
 
 @pytest.mark.slow
