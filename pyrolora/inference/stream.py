@@ -13,6 +13,7 @@ from datasets import Dataset
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
+from pyrolora.adapters.shards import is_sharded
 from pyrolora.inference import processes
 from pyrolora.inference.archive import describe, replacing
 from pyrolora.inference.posterior import Posterior
@@ -52,11 +53,13 @@ def predict_to_parquet(
         The files of all parts.
 
     Raises:
-        ValueError: No rows, a block of less than one row, or a posterior without a task.
+        ValueError: No rows, a block of less than one row, a posterior without a task, or over a base in shards.
         DataError: A bad row; the parts before it are there.
     """
     if posterior.program.task is None:
         raise ValueError("prediction needs the program's task for its columns: from_pretrained(..., task=task)")
+    if is_sharded(posterior.program.model):
+        raise ValueError("a base in shards runs in all processes together, and cannot predict other rows in each")
     if block_size < 1:
         raise ValueError(f"block_size is at least 1, not {block_size}")
     if len(rows) == 0:

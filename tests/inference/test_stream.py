@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pyrolora.guides.mean_field import MeanField
+from pyrolora.inference import stream
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.stream import predict_to_parquet
 from pyrolora.tasks.data import DataError
@@ -121,7 +122,7 @@ def test_processes_share_the_parts(posterior: Posterior, tmp_path: Path, monkeyp
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "one"), pd.read_parquet(tmp_path / "two"))
 
 
-def test_bad_rows(posterior: Posterior, tmp_path: Path) -> None:
+def test_bad_rows(posterior: Posterior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: a row without text stops with its place; the parts before it are there."""
     rows = datasets.Dataset.from_dict({"text": ["a house", "a stone", "the river", ""]})
     with pytest.raises(DataError, match=r"rows 3 to 4, counted from 3 as 1: [\s\S]*row 2: 'text' is empty"):
@@ -131,6 +132,9 @@ def test_bad_rows(posterior: Posterior, tmp_path: Path) -> None:
         predict_to_parquet(posterior, rows.select([]), tmp_path, 1)
     with pytest.raises(ValueError, match="block_size is at least 1"):
         predict_to_parquet(posterior, rows, tmp_path, 1, block_size=0)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="in all processes together"):
+        patch.setattr(stream, "is_sharded", lambda model: True)
+        predict_to_parquet(posterior, rows, tmp_path, 1)
     posterior.program.task = None
     with pytest.raises(ValueError, match="task"):
         predict_to_parquet(posterior, rows, tmp_path, 1)
