@@ -133,6 +133,8 @@ class PyroLoRA(nn.Module):
         super().__init__()
         self.likelihood, self.num_data = _data_side(task, likelihood, num_data)
         self.task = task
+        if isinstance(task, Task):
+            task.check_model(model)
         self.model = _inject(model, adapter)
         # The program owns the adapters: they are drawn, not trained in place.
         self.model.requires_grad_(False)

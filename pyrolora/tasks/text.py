@@ -8,12 +8,15 @@ from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pyrolora.tasks.base import Task
 
 logger = logging.getLogger("pyrolora")
+
+# What the tables of absolute positions are called; rotary positions have no end.
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 
 MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
@@ -38,6 +41,7 @@ class TextTask(Task):
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self._longest = 0
 
     @classmethod
     def load_processor(cls, name_or_path: str) -> PreTrainedTokenizerBase:
@@ -75,6 +79,9 @@ class TextTask(Task):
 
     def _tokenised(self, rows: datasets.Dataset, name: str) -> datasets.Dataset:
         done = super()._tokenised(rows, name)
+        for ids in done["input_ids"]:
+            texts = ids if ids and isinstance(ids[0], list) else [ids]  # choices are several
+            self._longest = max(self._longest, *map(len, texts))
         if cut := self.truncated[name]:
             logger.warning(
                 "%s: %d of %d texts were cut to max_length=%d tokens.", name, cut, len(rows), self.max_length
@@ -90,6 +97,17 @@ class TextTask(Task):
             # Llama and GPT-2 classifiers find a text's last token by its padding, and refuse batches without this.
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         return model
+
+    def check_model(self, model: nn.Module) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+                # RoBERTa and its kin count from after the padding token's index.
+                most = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+                if self._longest > most:
+                    raise ValueError(
+                        f"there are texts of {self._longest} tokens, and the base model ({type(model).__name__}) has "
+                        f"positions for {most}: give the task max_length={most} or less"
+                    )
 
     def with_positions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add ``position_ids`` (b, T) to a left-padded batch, so that each text's first real token is at 0.
