@@ -6,8 +6,9 @@ import contextlib
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -86,22 +87,33 @@ def run(
             logger.info("%s, seed %d: finished before", cell.method.name, cell.seed)
 
     failed: dict[str, str] = {}
-
-    def written() -> dict[str, Any]:
-        finished = [cell for cell in planned if cell.name in done]
-        results = assemble(finished, tasks[methods[0].recipe.path], baseline=chosen, recipes=recipes)
-        results["failed"] = dict(failed)
-        write(results, output)
-        return results
-
-    results = written()
+    write_now = partial(_write, planned, done, failed, tasks, baseline=chosen, recipes=recipes, output=output)
+    results = write_now()
     for cell, error in _computed([cell for cell in planned if cell.name not in done], tasks, processes=processes):
         if error is None:
             done.add(cell.name)
         else:
             failed[cell.name] = str(error) or type(error).__name__
             logger.error("%s, seed %d failed: %s", cell.method.name, cell.seed, failed[cell.name])
-        results = written()
+        results = write_now()
+    return results
+
+
+def _write(
+    planned: Sequence[Cell],
+    done: set[str],
+    failed: Mapping[str, str],
+    tasks: Tasks,
+    *,
+    baseline: str,
+    recipes: Sequence[Recipe],
+    output: Path,
+) -> dict[str, Any]:
+    """Writes the results as far as they have come."""
+    finished = [cell for cell in planned if cell.name in done]
+    task = tasks[planned[0].method.recipe.path]
+    results = assemble(finished, task, baseline=baseline, recipes=recipes) | {"failed": dict(failed)}
+    write(results, output)
     return results
 
 
