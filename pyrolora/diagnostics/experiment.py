@@ -82,9 +82,8 @@ def run(
     planned = _cells(methods, seeds, num_draws=num_draws, output=output)
     (output / "cells").mkdir(parents=True, exist_ok=True)
     done = {cell.name for cell in planned if cells.is_finished(cell, tasks[cell.method.recipe.path])}
-    for cell in planned:
-        if cell.name in done:
-            logger.info("%s, seed %d: finished before", cell.method.name, cell.seed)
+    for cell in (cell for cell in planned if cell.name in done):
+        logger.info("%s, seed %d: finished before", cell.method.name, cell.seed)
 
     failed: dict[str, str] = {}
     write_now = partial(_write, planned, done, failed, tasks, baseline=chosen, recipes=recipes, output=output)
