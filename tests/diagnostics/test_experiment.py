@@ -73,6 +73,16 @@ def test_several_recipes_are_told_apart(tmp_path: Path) -> None:
         names(first, replace(narrow, path=tmp_path / "elsewhere" / "tiny.yaml"))
 
 
+def test_recipes_bring_their_guides(tmp_path: Path) -> None:
+    """Law: where no guides are named, each recipe is compared with those that it configures; with posteriors, none."""
+    first = replace(Recipe.read(write_recipe(tmp_path)), guides={"MAP": {}, "LoRA": {}})
+    second = replace(first, guides={"cold": {"class_path": "MeanField"}}, path=tmp_path / "second.yaml")
+    assert names(first, second, guides=()) == ["tiny: LoRA", "tiny: MAP", "second: cold"]
+    assert names(first, guides=("MeanField",)) == ["LoRA", "MeanField"]
+    with pytest.raises(RecipeError, match=r"third\.yaml: nothing would be fitted but plain LoRA"):
+        names(first, replace(first, guides={}, path=tmp_path / "third.yaml"), guides=())
+
+
 def test_every_method_seed_and_labelled_split_is_a_cell(finished: tuple[Path, dict[str, Any]]) -> None:
     """Law: cells are methods × seeds × labelled splits; a split whose labels are unknown is left out."""
     _, results = finished
