@@ -53,7 +53,7 @@ def test_wrong_arguments(recipe: Path, capsys: Captured, arguments: str, message
         ("fit RECIPE --training.weight_decay 0.1", "weight_decay=0.1 is a Normal prior in disguise"),
         ("fit RECIPE --temperature -1", "temperature is a number ≥ 0, not -1"),
         ("sites none.yaml", "none.yaml does not exist"),
-        ("compare RECIPE", "name guides to compare it with (--guides)"),
+        ("compare RECIPE", "name guides to compare it with (--guides, or"),
         ("compare", "there is nothing to compare: give recipes, or posteriors"),
         ("compare --posteriors none", "none: no recipe.yaml there; give a folder that pyrolora fit wrote"),
         ("compare RECIPE --guides MAP --processes 0", "--processes is at least 1, not 0"),
