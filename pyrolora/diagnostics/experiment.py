@@ -52,8 +52,7 @@ def run(
     Each finished fit leaves the posterior ``<method>-seed<k>/``, each finished evaluation two files in ``cells/``.
     Called again, a fit is not repeated unless its recipe or training data have changed, nor an evaluation unless its
     posterior, any data or the number of draws have. ``results.json`` and ``results.parquet`` are written after every
-    cell, so that an interrupted comparison can be reported as far as it came. A cell that fails does not keep the
-    others from being made.
+    cell, so that an interrupted comparison can be reported as far as it came. A cell that fails stops no other.
 
     Args:
         recipes: The probabilistic models. Where there are several, methods are called ``<recipe>: <guide>``.
