@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import pyro
@@ -30,6 +28,7 @@ from pyrolora.distributions.flat import Flat
 from pyrolora.likelihoods.base import Likelihood
 from pyrolora.priors.base import Prior, PriorError, checked
 from pyrolora.priors.by_site import by_site
+from pyrolora.priors.sites import Sites
 from pyrolora.tasks.base import Task
 
 Batch = Mapping[str, Tensor]
@@ -66,35 +65,6 @@ class Latent:
     group: SiteGroup | None
     prior_scale: float
     flat: bool
-
-
-class Sites(dict[str, SiteGroup]):
-    """Site name to `SiteGroup`; prints as a table with the priors."""
-
-    def __init__(self, sites: Mapping[str, SiteGroup], priors: Mapping[str, Prior]):
-        super().__init__(sites)
-        self.priors = dict(priors)
-
-    def table(self) -> list[tuple[str, str, str, str, str]]:
-        """Rows of name, shape, number of parameters, prior and first adapted module."""
-        return [
-            (
-                name,
-                " × ".join(f"{d} {n}" for d, n in zip(s.dims, s.shape, strict=True)),
-                f"{s.shape.numel():,}",
-                _shown(self.priors[name]),
-                s.layers[0],
-            )
-            for name, s in self.items()
-        ]
-
-    def __repr__(self) -> str:
-        rows = [("site", "shape", "parameters", "prior", "first module"), *self.table()]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(repr(self))}</pre>"
 
 
 class PyroLoRA(nn.Module):
@@ -337,13 +307,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _shown(prior: Prior) -> str:
-    """A prior as one would write it: ``Normal(scale=0.1)``, or the name of a function."""
-    if isinstance(prior, FunctionType):
-        return prior.__name__
-    return f"{type(prior).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(prior).items())})"
 
 
 def _check_hyper_name(name: str, site: SiteGroup) -> None:
