@@ -30,6 +30,7 @@ from pyrolora.priors.base import Prior, PriorError, checked
 from pyrolora.priors.by_site import by_site
 from pyrolora.priors.sites import Sites
 from pyrolora.tasks.base import Task
+from pyrolora.tasks.text import TextTask
 
 Batch = Mapping[str, Tensor]
 # Samples the local latent variables of a batch; returns ``{site: (b, ...)}``.
@@ -103,7 +104,7 @@ class PyroLoRA(nn.Module):
         super().__init__()
         self.likelihood, self.num_data = _data_side(task, likelihood, num_data)
         self.task = task
-        if isinstance(task, Task):
+        if isinstance(task, TextTask):
             task.check_model(model)
         self.model = _inject(model, adapter)
         # The program owns the adapters: they are drawn, not trained in place.

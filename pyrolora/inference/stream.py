@@ -97,7 +97,8 @@ def _write(
     try:
         tokenised = posterior.program.task.tokenise(block)
     except DataError as error:
-        raise DataError(f"rows {start + 1} to {start + len(block)}, counted from {start + 1} as 1: {error}") from error
+        place = f"rows {start + 1} to {start + len(block)}, of which the first is called row 1"
+        raise DataError(f"{place}: {error}") from error
     found = posterior.predict(tokenised, num_draws, seed=seed, batch_size=batch_size).to_pandas()
     table = pa.Table.from_pandas(found, preserve_index=False)
     if "label" in table.column_names:

@@ -143,6 +143,8 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
     said += _elsewhere(groups)
     if max(spread.count for spread in spreads.values()) < 2:
         said.append("Only one seed was run, so how much a repetition would change these numbers is unknown.")
+    if failed := results.get("failed"):
+        said.append(f"Not in this report, because they failed: {_listing(list(failed))}.")
     return [sentence for sentence in said if sentence]
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import datasets
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pyrolora.likelihoods.base import Likelihood
@@ -189,13 +189,6 @@ class Task(ABC):
         if quantization is not None:
             options["quantization_config"] = quantization
         return self.auto_class.from_pretrained(name_or_path, **options, **self.head_options())
-
-    def check_model(self, model: nn.Module) -> None:  # noqa: B027 (most models take what they are given)
-        """Stops before any training where a base model cannot take the inputs of this task.
-
-        Raises:
-            ValueError: what is too much for it.
-        """
 
     def head_options(self) -> dict[str, Any]:
         """What ``from_pretrained`` must be told about the head."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -79,9 +81,10 @@ class TextTask(Task):
 
     def _tokenised(self, rows: datasets.Dataset, name: str) -> datasets.Dataset:
         done = super()._tokenised(rows, name)
-        for ids in done["input_ids"]:
-            texts = ids if ids and isinstance(ids[0], list) else [ids]  # choices are several
-            self._longest = max(self._longest, *map(len, texts))
+        ids = done.data.column("input_ids")
+        if pa.types.is_nested(ids.type.value_type):  # several choices a row
+            ids = pc.list_flatten(ids)
+        self._longest = max(self._longest, pc.max(pc.list_value_length(ids)).as_py() or 0)
         if cut := self.truncated[name]:
             logger.warning(
                 "%s: %d of %d texts were cut to max_length=%d tokens.", name, cut, len(rows), self.max_length
@@ -99,6 +102,11 @@ class TextTask(Task):
         return model
 
     def check_model(self, model: nn.Module) -> None:
+        """Stops before any training where a base model has too few positions for the texts that were tokenised.
+
+        Raises:
+            ValueError: the longest text has more tokens than a table of absolute positions has rows.
+        """
         for name, module in model.named_modules():
             if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
                 # RoBERTa and its kin count from after the padding token's index.

@@ -242,7 +242,7 @@ def test_a_failing_fit_stops_no_other(
     assert {cell["method"] for cell in results["cells"]} == {"LoRA", *METHODS} - {broken}
     assert results["failed"] == {f"{broken}-seed0": "no number"}
     assert json.loads((tmp_path / "results.json").read_text())["failed"] == results["failed"]
-    assert "MeanField" in render(results)
+    assert f"because they failed: {broken}-seed0." in render(results)
     monkeypatch.setattr(cells, "fit", counted)
     fits.clear()
     again = go(recipe, tmp_path, METHODS)

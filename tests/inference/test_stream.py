@@ -85,7 +85,7 @@ def test_what_a_part_depends_on(posterior: Posterior, tmp_path: Path) -> None:
 
     before = made()
     assert made() == before
-    changed = rows.select(range(5)).add_item({**rows[5], "text": "another cold stone"})  # type: ignore[func-returns-value]
+    changed = datasets.Dataset.from_list([*rows.select(range(5)), {**rows[5], "text": "another cold stone"}])
     after = made(changed)
     assert after["part-00000.parquet"] == before["part-00000.parquet"]
     assert after["part-00001.parquet"] > before["part-00001.parquet"]
@@ -125,7 +125,9 @@ def test_processes_share_the_parts(posterior: Posterior, tmp_path: Path, monkeyp
 def test_bad_rows(posterior: Posterior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: a row without text stops with its place; the parts before it are there."""
     rows = datasets.Dataset.from_dict({"text": ["a house", "a stone", "the river", ""]})
-    with pytest.raises(DataError, match=r"rows 3 to 4, counted from 3 as 1: [\s\S]*row 2: 'text' is empty"):
+    with pytest.raises(
+        DataError, match=r"rows 3 to 4, of which the first is called row 1: [\s\S]*row 2: 'text' is empty"
+    ):
         predict_to_parquet(posterior, rows, tmp_path, 1, block_size=2)
     assert list(parts_of(tmp_path)) == ["part-00000.parquet"]
     with pytest.raises(ValueError, match="empty"):
