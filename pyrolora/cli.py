@@ -21,6 +21,7 @@ from pyrolora.commands.judging import diagnose, evaluate
 from pyrolora.commands.methods import calibrate, join, methods
 from pyrolora.commands.using import export, predict
 from pyrolora.construct import classes
+from pyrolora.inference.processes import launched
 from pyrolora.inference.trainer import NonFiniteError
 from pyrolora.options import build_parser as parser_of
 
@@ -105,7 +106,7 @@ def _guides() -> list[str]:
 def _listen() -> None:
     """Progress of this package on stderr, without what other libraries say of their own insides."""
     logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if launched()[0] == 0 else logging.WARNING)  # one log of several processes
     logging.getLogger("transformers.modeling_utils").addFilter(_first_time)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pyrolora.construct import RecipeError
 from pyrolora.diagnostics.experiment import run
 from pyrolora.diagnostics.results import table
+from pyrolora.inference.processes import rank
 from pyrolora.recipe import Recipe
 from pyrolora.report.html import write_picture, write_report
 
@@ -46,7 +47,7 @@ def compare(
         baseline: Name of the method that the others are compared with; without it, the first.
         output: Folder for results, report and posteriors.
         draws: Number of draws at test.
-        processes: How many fits run at once, each on its share of the cores.
+        processes: How many fits run at once, each on its share of the cores; 1 under torchrun.
     """
     if seeds < 1:
         raise RecipeError(f"--seeds is at least 1, not {seeds}")
@@ -60,6 +61,8 @@ def compare(
         baseline=baseline,
         processes=processes,
     )
+    if rank() > 0:
+        return
     if results["cells"]:
         page = write_report(results, output / "report.html")
         write_picture(results, output / "reliability.png")

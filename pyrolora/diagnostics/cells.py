@@ -27,6 +27,7 @@ from pyrolora.diagnostics.evaluation import Evaluation, evaluate_prediction, fit
 from pyrolora.diagnostics.memory import peak_memory
 from pyrolora.diagnostics.weights import layer_table, summarise
 from pyrolora.guides.map import MAP
+from pyrolora.inference import processes
 from pyrolora.inference.archive import ArchiveError, read_meta, replacing, write_json
 from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
@@ -132,10 +133,33 @@ def plain(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name)
 
 
+def fitted(cell: Cell, task: Task) -> tuple[Posterior, dict[str, Any]]:
+    """The posterior of a cell, loaded or fitted and saved, and what its fit cost."""
+    recipe, path = cell.method.recipe, cell.folder / "fit.json"
+    known = _read_json(path)
+    if cell.method.folder is not None:
+        return posterior_of(cell.folder, recipe, task), _cost(known)
+    key = fit_key(cell, task)
+    if known.get("key") == key:
+        # A posterior that cannot be read is fitted again.
+        with contextlib.suppress(ArchiveError):
+            return posterior_of(cell.folder, recipe, task), _cost(known)
+    program = recipe.build_program(task, seed=cell.seed, flat=cell.method.guide == BASELINE)
+    arguments = recipe.arguments(None, seed=cell.seed)
+    start = time.perf_counter()
+    with peak_memory() as peak:
+        posterior = fit(program, cell.method.build_guide(), args=arguments, temperature=cell.method.temperature)
+    known = {"key": key, "fit_seconds": time.perf_counter() - start, "fit_memory": peak.bytes}
+    save(posterior, recipe, cell.folder)
+    if processes.rank() == 0:
+        write_json(path, known)
+    return posterior, _cost(known)
+
+
 def compute(cell: Cell, task: Task) -> None:
     """Fits a cell, unless its posterior is there, evaluates it on every split, and writes its files."""
     assert task.validation is not None and task.test is not None
-    posterior, cost = _posterior(cell, task)
+    posterior, cost = fitted(cell, task)
     cost["parameters"] = sum(parameter.numel() for parameter in posterior.guide.parameters())
     cost["passes"] = posterior.guide.passes(cell.num_draws, len(task.class_names))
     data = {"test": task.test, **task.ood}
@@ -230,28 +254,6 @@ def digest_of(splits: Mapping[str, Dataset]) -> str:
 def digest(content: Any) -> str:
     """SHA-256 of whatever JSON can hold."""
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
-
-
-def _posterior(cell: Cell, task: Task) -> tuple[Posterior, dict[str, Any]]:
-    """The posterior of a cell, and what its fit cost."""
-    recipe, path = cell.method.recipe, cell.folder / "fit.json"
-    known = _read_json(path)
-    if cell.method.folder is not None:
-        return posterior_of(cell.folder, recipe, task), _cost(known)
-    key = fit_key(cell, task)
-    if known.get("key") == key:
-        # A posterior that cannot be read is fitted again.
-        with contextlib.suppress(ArchiveError):
-            return posterior_of(cell.folder, recipe, task), _cost(known)
-    program = recipe.build_program(task, seed=cell.seed, flat=cell.method.guide == BASELINE)
-    arguments = recipe.arguments(None, seed=cell.seed)
-    start = time.perf_counter()
-    with peak_memory() as peak:
-        posterior = fit(program, cell.method.build_guide(), args=arguments, temperature=cell.method.temperature)
-    known = {"key": key, "fit_seconds": time.perf_counter() - start, "fit_memory": peak.bytes}
-    save(posterior, recipe, cell.folder)
-    write_json(path, known)
-    return posterior, _cost(known)
 
 
 def _cost(known: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pyrolora.diagnostics import cells
 from pyrolora.diagnostics.cells import BASELINE, Cell, Method
 from pyrolora.diagnostics.results import assemble, write
 from pyrolora.inference.archive import read_meta
-from pyrolora.inference.processes import refuse
+from pyrolora.inference.processes import count, gather, join, rank, wait
 from pyrolora.likelihoods.base import ClassLikelihood
 from pyrolora.recipe import Recipe
 from pyrolora.saved import recipe_of
@@ -54,6 +54,9 @@ def run(
     posterior, any data or the number of draws have. ``results.json`` and ``results.parquet`` are written after every
     cell, so that an interrupted comparison can be reported as far as it came. A cell that fails stops no other.
 
+    Launched as several processes (``torchrun``), all of them make each fit together, and a fit that fails stops them
+    all; then each evaluates its share of the cells, and the first writes the results.
+
     Args:
         recipes: The probabilistic models. Where there are several, methods are called ``<recipe>: <guide>``.
         guides: Names of guides for every recipe, or none: then each brings its own. Plain LoRA is added under each
@@ -63,39 +66,53 @@ def run(
         posteriors: Folders of saved posteriors with their recipes beside them; called by the folders' names.
         num_draws: S at test.
         baseline: The method that all others are compared with; default the first.
-        processes: How many cells are worked on at once, each with its share of the cores.
+        processes: How many cells are worked on at once, each with its share of the cores; 1 for launched processes.
 
     Returns:
         The results, as written to ``results.json``; ``failed`` has the message of each cell that raised, by its name.
 
     Raises:
         RecipeError: An unknown method; a task without classes, or without validation or test split; methods that are
-            evaluated on different data.
-        ValueError: Several processes were launched.
+            evaluated on different data; ``processes`` below 1, or above it for launched ones.
     """
-    refuse("a comparison", "start it without a launcher; --processes works on several cells at once")
-    if processes < 1:
-        raise RecipeError(f"--processes is at least 1, not {processes}")
+    join()
+    _check_processes(processes)
     methods = plan(recipes, guides, posteriors)
     chosen = _baseline(methods, baseline)
     tasks = _build_tasks(methods)
     planned = _cells(methods, seeds, num_draws=num_draws, output=output)
     (output / "cells").mkdir(parents=True, exist_ok=True)
-    done = {cell.name for cell in planned if cells.is_finished(cell, tasks[cell.method.recipe.path])}
-    for cell in (cell for cell in planned if cell.name in done):
-        logger.info("%s, seed %d: finished before", cell.method.name, cell.seed)
-
+    done = _finished(planned, tasks)
     failed: dict[str, str] = {}
     write_now = partial(_write, planned, done, failed, tasks, baseline=chosen, recipes=recipes, output=output)
     results = write_now()
-    for cell, error in _computed([cell for cell in planned if cell.name not in done], tasks, processes=processes):
+    pending = [cell for cell in planned if cell.name not in done]
+    for cell, error in _computed(pending, tasks, processes=processes):
         if error is None:
             done.add(cell.name)
         else:
-            failed[cell.name] = str(error) or type(error).__name__
-            logger.error("%s, seed %d failed: %s", cell.method.name, cell.seed, failed[cell.name])
+            failed[cell.name] = error
+            logger.error("%s, seed %d failed: %s", cell.method.name, cell.seed, error)
         results = write_now()
     return results
+
+
+def _finished(planned: Sequence[Cell], tasks: Tasks) -> set[str]:
+    """The names of cells that are done; all processes have looked before the first of them adds to it."""
+    done = [cell for cell in planned if cells.is_finished(cell, tasks[cell.method.recipe.path])]
+    for cell in done:
+        logger.info("%s, seed %d: finished before", cell.method.name, cell.seed)
+    wait()
+    return {cell.name for cell in done}
+
+
+def _check_processes(processes: int) -> None:
+    if processes < 1:
+        raise RecipeError(f"--processes is at least 1, not {processes}")
+    if processes > 1 and count() > 1:
+        raise RecipeError(
+            f"--processes {processes} with {count()} launched processes: those share the work; leave it 1"
+        )
 
 
 def _write(
@@ -112,7 +129,8 @@ def _write(
     finished = [cell for cell in planned if cell.name in done]
     task = tasks[planned[0].method.recipe.path]
     results = assemble(finished, task, baseline=baseline, recipes=recipes) | {"failed": dict(failed)}
-    write(results, output)
+    if rank() == 0:
+        write(results, output)
     return results
 
 
@@ -215,19 +233,45 @@ def _check_task(task: Task, recipe: Recipe) -> None:
             logger.info("%s: labels that are no classes of the task; not scored, only told apart from test", split)
 
 
-def _computed(pending: Sequence[Cell], tasks: Tasks, *, processes: int) -> Iterator[tuple[Cell, Exception | None]]:
-    """Computes cells, and yields each when it is done, with what it raised."""
+def _computed(pending: Sequence[Cell], tasks: Tasks, *, processes: int) -> Iterator[tuple[Cell, str | None]]:
+    """Computes cells, and yields each when it is done, with the message of what it raised."""
+    if count() > 1:
+        return _together(pending, tasks)
     if processes == 1 or len(pending) <= 1:
-        for i, cell in enumerate(pending, start=1):
-            doing = "evaluating" if cell.method.folder else "fitting"
-            logger.info("[%d/%d] %s, seed %d: %s", i, len(pending), cell.method.name, cell.seed, doing)
-            try:
-                cells.compute(cell, tasks[cell.method.recipe.path])
-            except Exception as raised:
-                yield cell, raised
-            else:
-                yield cell, None
-        return
+        return _in_turn(pending, tasks)
+    return _at_once(pending, processes)
+
+
+def _in_turn(pending: Sequence[Cell], tasks: Tasks) -> Iterator[tuple[Cell, str | None]]:
+    """One cell after another in this process."""
+    for i, cell in enumerate(pending, start=1):
+        doing = "evaluating" if cell.method.folder or count() > 1 else "fitting"
+        logger.info("[%d/%d] %s, seed %d: %s", i, len(pending), cell.method.name, cell.seed, doing)
+        try:
+            cells.compute(cell, tasks[cell.method.recipe.path])
+        except Exception as raised:
+            yield cell, _message(raised)
+        else:
+            yield cell, None
+
+
+def _together(pending: Sequence[Cell], tasks: Tasks) -> Iterator[tuple[Cell, str | None]]:
+    """Each fit by all launched processes, each evaluation by one of them.
+
+    What a fit raises is not caught: the others may be waiting for this process's gradients.
+    """
+    for i, cell in enumerate(pending, start=1):
+        if cell.method.folder is None:
+            logger.info("[%d/%d] %s, seed %d: fitting", i, len(pending), cell.method.name, cell.seed)
+            cells.fitted(cell, tasks[cell.method.recipe.path])
+    wait()
+    own = [(cell.name, error) for cell, error in _in_turn(pending[rank() :: count()], tasks)]
+    errors = dict(outcome for share in gather(own) for outcome in share)
+    yield from ((cell, errors[cell.name]) for cell in pending)
+
+
+def _at_once(pending: Sequence[Cell], processes: int) -> Iterator[tuple[Cell, str | None]]:
+    """Several cells at once, each in a worker."""
     threads = max(1, torch.get_num_threads() // processes)
     # A forked process would inherit torch's threads, and locks that they hold.
     context = multiprocessing.get_context("spawn")
@@ -243,10 +287,14 @@ def _computed(pending: Sequence[Cell], tasks: Tasks, *, processes: int) -> Itera
                     raise error
                 if error is None:
                     logger.info("[%d/%d] %s, seed %d: done", i, len(pending), cell.method.name, cell.seed)
-                yield cell, error
+                yield cell, None if error is None else _message(error)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _message(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _begin(threads: int) -> None:

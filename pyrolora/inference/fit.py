@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from pyrolora.guides.base import Guide
+from pyrolora.inference import processes
 from pyrolora.inference.elbo import Objective
 from pyrolora.inference.noise import verdict
 from pyrolora.inference.posterior import Posterior
@@ -43,6 +44,7 @@ def default_arguments(output_dir: str | Path | None = None, *, seed: int = 0) ->
         save_strategy="epoch" if output_dir else "no",
         save_total_limit=2,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # else launched processes would not know of one another
         report_to="none",
         seed=seed,
     )
@@ -65,7 +67,7 @@ def fit(
     The caller's random state is not changed either.
 
     Under ``torchrun`` or ``accelerate launch`` the batches of all processes count as one, each with noise of its own,
-    and all end with the same posterior; what comes after the training (curvature) each does whole.
+    and all end with the same posterior. Laplace's curvature is computed in shares of the rows.
 
     Args:
         program: The Pyro model.
@@ -83,7 +85,8 @@ def fit(
     Raises:
         NonFiniteError: NaN or infinity in the objective or its gradient; the last good state is in
             ``args.output_dir/last-good`` (a posterior folder).
-        ValueError: No training data, or ``num_data`` that differs from its size.
+        ValueError: No training data, ``num_data`` that differs from its size, or launched processes that the training
+            arguments leave alone.
     """
     train = _training_split(program, train)
     args = _own(args or default_arguments(), program)
@@ -209,6 +212,11 @@ def _check_first_batch(program: PyroLoRA, train: Dataset) -> None:
 
 def _own(args: TrainingArguments, program: PyroLoRA) -> TrainingArguments:
     """A copy of the arguments, with what the program does itself taken over from the Trainer."""
+    if (launched := processes.launched()[1]) > processes.count():
+        raise ValueError(
+            f"{launched} processes were launched, but under these training arguments each would fit alone; without an "
+            "accelerator give TrainingArguments(use_cpu=True)"
+        )
     args = copy.copy(args)
     args.remove_unused_columns = False
     # The program's own kind puts the draw back on for the recomputation.

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
+from accelerate import PartialState
 from torch import distributed
 
 from pyrolora.inference.randomness import isolated, spawn
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -22,10 +26,24 @@ def count() -> int:
     return distributed.get_world_size() if _together() else 1
 
 
+def join() -> None:
+    """Connects the processes that were launched together, as a fit does of itself; one that is alone goes on."""
+    if launched()[1] > 1:
+        PartialState(cpu=not torch.accelerator.is_available())
+
+
 def wait() -> None:
     """Goes on when every process has come here."""
     if _together():
         distributed.barrier()
+
+
+def gather(own: T) -> list[T]:
+    """What each process has, in the order of their numbers."""
+    everything: list[T] = [own] * count()
+    if _together():
+        distributed.all_gather_object(everything, own)
+    return everything
 
 
 def own_noise() -> AbstractContextManager[None]:

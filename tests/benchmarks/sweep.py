@@ -59,6 +59,7 @@ class Configuration:
     learning_rate: float = 2e-3
     epochs: int | None = None
     adam_epsilon: float = 1e-8
+    rank: int = 8  # of the adapter, alpha twice as large
 
 
 def mean_field(random: str, temperature: float, **options: Any) -> Configuration:
@@ -70,7 +71,7 @@ def mean_field(random: str, temperature: float, **options: Any) -> Configuration
 def inducing(**options: Any) -> Configuration:
     own = {
         name: options.pop(name)
-        for name in ("a", "b", "temperature", "learning_rate", "epochs", "adam_epsilon")
+        for name in ("a", "b", "head", "temperature", "learning_rate", "epochs", "adam_epsilon", "rank")
         if name in options
     }
     return Configuration("Inducing", options, **own)
@@ -125,6 +126,7 @@ SWEEPS = {
             factors(b=0.07, conditional="fixed", conditional_scale=x, posterior="ensemble", members=1)
             for x in (0.1, 0.3)
         ),
+        *(inducing(b=0.07, scale_learning_rate=7.0, rank=rank) for rank in (4, 16)),
     ],
     "adaptive": [  # θ under the prior that MAP has here: the dropout rate p, β, the features, the KL's scale, the prior
         LORA,
@@ -200,7 +202,7 @@ def fitted(task: Task, chosen: Configuration, seed: int, *, keep: Path | None, n
     if folder and (folder / "posterior.json").is_file():
         with isolated(seed):
             return Posterior.from_pretrained(folder, task.load_base_model(BASE), task=task), 0.0
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS")
+    lora = LoraConfig(r=chosen.rank, lora_alpha=2 * chosen.rank, target_modules=["query", "value"], task_type="SEQ_CLS")
     priors = {"*.A": prior(chosen.a), "*.B": prior(chosen.b), "head.*": prior(chosen.head)}
     with isolated(seed):
         program = PyroLoRA(task.load_base_model(BASE), lora, priors=priors, task=task)

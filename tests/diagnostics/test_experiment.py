@@ -18,8 +18,10 @@ from pyrolora.construct import RecipeError
 from pyrolora.diagnostics import cells
 from pyrolora.diagnostics.evaluation import MAIN, evaluate_posterior, fit_scaling
 from pyrolora.diagnostics.experiment import plan, run
+from pyrolora.guides.sgld import SGLD
 from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.processes import rank
 from pyrolora.priors.flat import Flat
 from pyrolora.recipe import Recipe
 from pyrolora.report.html import render
@@ -276,12 +278,65 @@ def test_killed_and_called_again(recipe: Path, tmp_path: Path, fits: list[str]) 
         assert found["metrics"]["nll"]["value"] == pytest.approx(expected["metrics"]["nll"]["value"], rel=1e-4)
 
 
-def test_a_launcher_is_refused(recipe: Path, tmp_path: Path, fits: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: started as several processes a comparison stops at once, and says how it runs several cells itself."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"a comparison is the work of one process, not of 2: .*--processes"):
-        go(recipe, tmp_path, METHODS)
-    assert not fits and not list(tmp_path.glob("cells"))
+def launched(output: Path, path: Path) -> None:
+    """What each of two processes does: a comparison, one of whose evaluations fails; what it found in a file."""
+    fits, evaluations = [], []
+    build, layers = cells.fit, cells._layers
+
+    def counted(program: Any, guide: Any, **options: Any) -> Posterior:
+        fits.append(type(guide).__name__)
+        return build(program, guide, **options)
+
+    def spoilt(posterior: Posterior, num_draws: int) -> list[dict[str, Any]]:
+        evaluations.append(type(posterior.guide).__name__)
+        if isinstance(posterior.guide, SGLD):
+            raise FloatingPointError("no layers today")
+        return layers(posterior, num_draws)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "fit", counted)
+        patch.setattr(cells, "_layers", spoilt)
+        results = go(path, output, ["MAP", "MeanField", "SGLD"])
+    with pytest.raises(RecipeError, match=r"--processes 2 with 2 launched processes"):
+        go(path, output, processes=2)
+    record = {"results": results, "fits": fits, "evaluations": evaluations}
+    (output / f"rank{rank()}.json").write_text(json.dumps(record))
+
+
+@pytest.mark.slow
+def test_launched_processes_share_the_work(recipe: Path, tmp_path: Path) -> None:
+    """Law: two launched processes make every fit together, once, as one process with the joint batch would; each
+    evaluation is one's; both know all results, also what failed in the other; called again only that is done."""
+    half = yaml.safe_load(recipe.read_text())
+    half["training"]["per_device_train_batch_size"] = 4
+    path = recipe.with_name("half.yaml")
+    path.write_text(yaml.safe_dump(half))
+    half["training"]["per_device_train_batch_size"] = 8
+    whole = recipe.with_name("whole.yaml")
+    whole.write_text(yaml.safe_dump(half))
+    code = "import sys, pathlib, tests.diagnostics.test_experiment as t; t.launched(*map(pathlib.Path, sys.argv[1:]))"
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    records = []
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, str(tmp_path / "out"), str(path)], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        records.append([json.loads((tmp_path / "out" / f"rank{i}.json").read_text()) for i in (0, 1)])
+    (first, second), again = records
+    assert first["fits"] == second["fits"] == ["MAP", "MAP", "MeanField", "SGLD"]
+    assert (first["evaluations"], second["evaluations"]) == (["MAP", "MeanField"], ["MAP", "SGLD"])
+    assert first["results"] == second["results"] and first["results"]["failed"] == {"SGLD-seed0": "no layers today"}
+    assert [record["fits"] for record in again] == [[], []]
+    assert [record["evaluations"] for record in again] == [["SGLD"], []]
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == again[0]["results"]
+    alone = go(whole, tmp_path / "alone")
+    for one, two in zip(alone["cells"], first["results"]["cells"], strict=False):
+        assert (one["method"], one["split"]) == (two["method"], two["split"])
+        assert two["metrics"]["nll"]["value"] == pytest.approx(one["metrics"]["nll"]["value"], rel=1e-4)
 
 
 def test_stops_before_the_first_fit(tmp_path: Path, fits: list[str]) -> None:

@@ -248,3 +248,11 @@ def test_default_arguments_keep_no_checkpoints_unless_asked(tmp_path: Path) -> N
     """Law: without an output folder nothing is written; with one, a checkpoint an epoch."""
     assert default_arguments().save_strategy == "no"
     assert default_arguments(tmp_path).save_strategy == "epoch"
+
+
+def test_launched_processes_that_would_fit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: several launched processes whose training arguments leave each alone stop, and the way out is said."""
+    arguments = default_arguments()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were launched.*use_cpu=True"):
+        fit(tiny_program(), MAP(), args=arguments)
