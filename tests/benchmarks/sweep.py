@@ -4,9 +4,12 @@ Run: python tests/benchmarks/sweep.py defaults --tasks commonsense sst2 --data F
      python tests/benchmarks/sweep.py inducing --tasks cola --data FOLDER --only 0 3
      python tests/benchmarks/sweep.py inducing --tasks sst2 --data FOLDER --only 0 3 --test --keep POSTERIORS
 
+     python tests/benchmarks/sweep.py inducing --tasks commonsense sst2 --seeds 0 1 2 --out sweep.jsonl --table
+
 FOLDER holds sst2/, cola/ and clinc150/ as JSON Lines (text, label); the task commonsense needs none. Every row says
 what it is, so several processes may write to one file, and rows that a file has already are not run again. With --keep
 a posterior is fitted once, and loaded when it is scored again. Batches are grouped by length, for all guides alike.
+With --table nothing is fitted: the validation NLL of what the file has is printed, seed by seed.
 """
 
 from __future__ import annotations
@@ -145,6 +148,7 @@ SWEEPS = {
 EPOCHS = {"clinc150": 30}
 # Of B's prior, the smallest validation NLL of the inducing guide at seed 0 among 0.05, 0.07 and 0.1.
 SCALE_OF_B = {"commonsense": 0.05, "sst2": 0.07, "cola": 0.07, "clinc150": 0.07}
+PLAIN = asdict(Configuration())
 MOST_ROWS = {"validation": 400, "test": 1000}
 
 
@@ -250,6 +254,32 @@ def metrics(log_mean: Any, labels: Any) -> dict[str, float]:
     return {name: function(log_mean, labels) for name, function in functions.items()}
 
 
+def table(sweep: str, tasks: list[str], seeds: list[int], rows: list[dict[str, Any]]) -> list[str]:
+    """Validation NLL in Markdown: a line a configuration, a column a task, a number a seed; – where one is missing."""
+    lines = [f"| {sweep} | {' | '.join(tasks)} |", "| --- |" + " --- |" * len(tasks)]
+    for configuration in SWEEPS[sweep]:
+        chosen = json.loads(json.dumps(asdict(configuration)))
+        given = {**chosen.pop("options"), **chosen}
+        name = ", ".join(f"{key} {value}" for key, value in given.items() if value != PLAIN.get(key))
+        cells = []
+        for task in tasks:
+            found = {
+                row["seed"]: validation_nll(row)
+                for row in sorted(rows, key=lambda row: -row["test"])
+                if row["task"] == task and asdict(configuration).items() <= row.items()
+            }
+            cells.append(", ".join(f"{found[seed]:.3f}" if seed in found else "–" for seed in seeds))
+        lines.append(f"| {name or 'MAP'} | {' | '.join(cells)} |")
+    return lines
+
+
+def validation_nll(row: dict[str, Any]) -> float:
+    """With as many draws as there are: 8, or 16 where test data were scored too; mean weights of a point estimate."""
+    if row["test"]:
+        return (row.get("S16") or row["S0"])["validation_nll"]
+    return (row.get("S8") or row["S0"])["nll"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", choices=SWEEPS)
@@ -260,7 +290,12 @@ def main() -> None:
     parser.add_argument("--test", action="store_true", help="score test data, for 1, 4 and 16 draws, and τ-scaled")
     parser.add_argument("--keep", type=Path, help="folder for posteriors, so that none is fitted twice")
     parser.add_argument("--out", type=Path, default=Path("sweep.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print what --out has")
     options = parser.parse_args()
+    if options.table:
+        rows = [json.loads(line) for line in options.out.open()]
+        print("\n".join(table(options.sweep, options.tasks, options.seeds, rows)))
+        return
     chosen = [c for i, c in enumerate(SWEEPS[options.sweep]) if options.only is None or i in options.only]
     for name, seed, configuration in itertools.product(options.tasks, options.seeds, chosen):
         identity = {"task": name, "seed": seed, "test": options.test, **asdict(configuration)}
