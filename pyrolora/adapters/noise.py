@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -17,8 +18,30 @@ Kind = Literal["weight", "example", "local", "flipout"]
 Change = Callable[[Tensor, Tensor], Tensor]
 
 
+class Squares:
+    """``x²`` in float32, made once where several modules see one tensor, as queries and values do.
+
+    No gradient: that of ``"local"`` noise is written down by hand.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not x:
+            self._last = x, x.detach().float().square()
+        return self._last[1]
+
+
 def bottleneck_noise(
-    kind: Kind, x: Tensor, scale: Tensor, *, examples: int, factor: Tensor | None = None, where: str = "a module"
+    kind: Kind,
+    x: Tensor,
+    scale: Tensor,
+    *,
+    examples: int,
+    factor: Tensor | None = None,
+    where: str = "a module",
+    squares: Squares | None = None,
 ) -> Tensor:
     """What ``W − W̄`` adds to ``W̄ x`` where ``W_ij ~ N(W̄_ij, f_n² σ_ij²)`` for example n.
 
@@ -40,6 +63,7 @@ def bottleneck_noise(
         examples: How many there are.
         factor: f, ``(examples,)``; None is 1.
         where: The module's name, for the message.
+        squares: Shared by the modules of a model; only ``"local"`` uses it.
 
     Returns:
         ``(rows, ..., out)``.
@@ -49,22 +73,19 @@ def bottleneck_noise(
 
     Source: Kingma et al. 2015, eq. 6 (local reparametrisation); Wen et al. 2018, eq. 4 (flipout).
     """
-    if x.shape[0] % examples and (kind == "example" or factor is not None):
-        raise ValueError(
-            f"{where} sees {x.shape[0]} rows for {examples} examples, so nobody can tell whose row is whose; "
-            'use noise="weight"'
-        )
-    # The meta device, on which memory is estimated, has no autocast.
-    with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
-        own = x.float()
+    if kind == "example" or factor is not None:
+        _check_rows(len(x), examples, where)
+    with full_precision(x.device):
         scale = scale.float()
         if kind == "local":
-            rows = own.reshape(-1, own.shape[-1])
-            noise, _ = _Local.apply(rows, scale, torch.randn(len(rows), len(scale), device=rows.device))
+            square = (squares or Squares())(x).flatten(0, -2)
+            epsilon = torch.randn(len(square), len(scale), device=x.device)
+            noise, _ = _Local.apply(x.flatten(0, -2), square, scale, epsilon)
         elif kind == "example":
             each = torch.randn(examples, *scale.shape, dtype=scale.dtype, device=scale.device)
-            noise = own.reshape(examples, -1, own.shape[-1]) @ (scale * each).mT
+            noise = x.float().reshape(examples, -1, x.shape[-1]) @ (scale * each).mT
         else:
+            own = x.float()
             flipped = own * _signs(own) if kind == "flipout" else own
             noise = flipped @ (scale * torch.randn_like(scale)).mT
             noise = noise * _signs(noise) if kind == "flipout" else noise
@@ -72,6 +93,12 @@ def bottleneck_noise(
         if factor is not None:
             noise = noise.reshape(examples, -1) * factor.unsqueeze(-1)
         return noise.reshape(shape)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A block without autocast."""
+    # The meta device, on which memory is estimated, has none.
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 @contextlib.contextmanager
@@ -102,6 +129,14 @@ def require_linear(model: nn.Module, site: SiteGroup, what: str, advice: str) ->
             raise AdapterError(f"{above}: expert parameters run no module: {what} cannot serve {site.name!r}; {advice}")
 
 
+def _check_rows(rows: int, examples: int, where: str) -> None:
+    if rows % examples:
+        raise ValueError(
+            f"{where} sees {rows} rows for {examples} examples, so nobody can tell whose row is whose; "
+            'use noise="weight"'
+        )
+
+
 def _hook(change: Change) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return change(inputs[0], output)
@@ -110,29 +145,29 @@ def _hook(change: Change) -> Any:
 
 
 class _Local(torch.autograd.Function):
-    """``√((σ²)(x²)) ∘ ε``. What autograd would record takes twice the time, and keeps a square of x for each module."""
+    """``√((x²)(σ²)) ∘ ε`` of x and x². What autograd would record takes twice the time."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, square: Tensor, scale: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         # At zero the root's derivative is infinite, and infinity times zero is NaN.
-        deviation = (x.square() @ scale.square().mT).clamp(min=1e-30).sqrt()
+        deviation = (square @ scale.square().mT).clamp(min=1e-30).sqrt()
         return deviation * noise, deviation
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, scale, noise, deviation = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        x, square, scale, noise, deviation = ctx.saved_tensors
         # Of √d: 1/(2√d); of d: 2 σ² x and 2 σ x².
         ratio = grad * noise / deviation
-        by_x = (ratio @ scale.square()).mul_(x) if ctx.needs_input_grad[0] else None
-        by_scale = (ratio.mT @ x.square()).mul_(scale) if ctx.needs_input_grad[1] else None
-        return by_x, by_scale, None
+        by_x = (ratio @ scale.square()).mul_(x).to(x.dtype) if ctx.needs_input_grad[0] else None
+        by_scale = (ratio.mT @ square).mul_(scale) if ctx.needs_input_grad[2] else None
+        return by_x, None, by_scale, None
 
 
 def _signs(like: Tensor) -> Tensor:

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 from torch.nn import functional
 
-from pyrolora.adapters.noise import Change, Kind, bottleneck_noise, changed_outputs, require_linear
+from pyrolora.adapters.noise import (
+    Change,
+    Kind,
+    Squares,
+    bottleneck_noise,
+    changed_outputs,
+    full_precision,
+    require_linear,
+)
 from pyrolora.adapters.sites import SiteGroup
 from pyrolora.distributions.multipliers import Multipliers
 from pyrolora.guides.base import Card, Guide, check_choice, matches
@@ -157,6 +165,11 @@ class InputAdaptive(Guide):
         # The last batch's graph would be kept alive, and cannot be copied.
         self._seen, self._factors = None, {}
 
+    @property
+    def joint_draws(self) -> bool:
+        """Whether a draw is one function of all inputs."""
+        return self.predictive == "weight"
+
     def passes(self, num_draws: int, num_outputs: int) -> int:
         return super().passes(num_draws, num_outputs) + (self.features == "backbone" and num_draws > 0)
 
@@ -166,8 +179,9 @@ class InputAdaptive(Guide):
 
     def hooks(self, program: PyroLoRA) -> AbstractContextManager:
         """Noise on the outputs of the lora_A modules, of passes with this guide's local latent variables."""
+        squares = Squares()
         changes = [
-            (path, self._change(program, site, layer))
+            (path, self._change(program, site, layer, squares))
             for site, group in self._groups.items()
             for layer, (path, _) in enumerate(group.holders)
         ]
@@ -175,8 +189,8 @@ class InputAdaptive(Guide):
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _change(self, program: PyroLoRA, site: str, layer: int) -> Change:
-        where = self._groups[site].layers[layer]
+    def _change(self, program: PyroLoRA, site: str, layer: int, squares: Squares) -> Change:
+        options: dict[str, Any] = {"where": self._groups[site].layers[layer], "squares": squares}
 
         def change(x: Tensor, output: Tensor) -> Tensor:
             # The values of this pass, also where it is recomputed. A pass for features, or without noise, has none.
@@ -184,7 +198,7 @@ class InputAdaptive(Guide):
                 return output
             factor, scale = self._factors[site][layer], program.running[site][layer]
             kind = self.noise if self.training else self.predictive
-            noise = bottleneck_noise(kind, x, scale, examples=len(factor), factor=factor, where=where)
+            noise = bottleneck_noise(kind, x, scale, examples=len(factor), factor=factor, **options)
             return output + noise.to(output.dtype)
 
         return change
@@ -193,8 +207,10 @@ class InputAdaptive(Guide):
         """``{site: (b, layers)}``, of all layers by one run of the network; features are computed once for a batch."""
         if self._seen is None or self._seen[0] is not batch:
             self._seen = (batch, self._features(batch))
-        # A softplus may underflow; its logarithm must not.
-        alpha = functional.softplus(self.network(self._seen[1])).clamp(min=1e-12)
+        features = self._seen[1]
+        with full_precision(features.device):
+            # A softplus may underflow; its logarithm must not.
+            alpha = functional.softplus(self.network(features)).clamp(min=1e-12)
         sizes = [group.num_layers for group in self._groups.values()]
         return dict(zip(self._groups, alpha.split(sizes, -1), strict=True))
 

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
+from datasets import Dataset
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
-from pyrolora.adapters.noise import Change, Kind, bottleneck_noise, changed_outputs, require_linear
+from pyrolora.adapters.noise import Change, Kind, Squares, bottleneck_noise, changed_outputs, require_linear
 from pyrolora.distributions.centred import Centred
 from pyrolora.guides.base import Card, Guide, check_choice, key, unconstrained
 from pyrolora.program import Batch, Latent, PyroLoRA
@@ -71,6 +72,7 @@ class MeanField(Guide):
         self.noise = noise
         self.parametrisation = parametrisation
         self._num_examples: int | None = None
+        self._scales: dict[str, tuple[Tensor, ...]] = {}  # σ of the present step, by layer
         self.loc = nn.ParameterDict()
         self.log_scale = nn.ParameterDict()
         self.root_scale = nn.ParameterDict()
@@ -97,6 +99,9 @@ class MeanField(Guide):
     def forward(self, batch: Batch | None = None) -> dict[str, Tensor]:
         # The noise of each example is added while the model runs, where only rows can be counted.
         self._num_examples = None if batch is None else next(iter(batch.values())).shape[0]
+        # Here, because a checkpointed layer must compute the same again when it is run a second time.
+        noisy = [latent for latent in self.latents.values() if self.training and self._in_activations(latent)]
+        self._scales = {latent.name: self.scale(latent).unbind() for latent in noisy}
         return super().forward(batch)
 
     def initialise(self, latent: Latent) -> None:
@@ -128,9 +133,13 @@ class MeanField(Guide):
             {"params": scales, "lr": learning_rate * self.scale_learning_rate},
         ]
 
+    def post_fit(self, program: PyroLoRA, data: Dataset) -> None:
+        self._scales = {}  # they hold the last step's graph, which cannot be copied
+
     def hooks(self, program: PyroLoRA) -> AbstractContextManager:
+        squares = Squares()
         changes = [
-            (path, self._change(latent, layer, parameter))
+            (path, self._change(latent, layer, parameter, squares))
             for latent in self.latents.values()
             if self._in_activations(latent) and latent.group is not None
             for layer, (path, parameter) in enumerate(latent.group.holders)
@@ -146,19 +155,19 @@ class MeanField(Guide):
     def _in_activations(self, latent: Latent) -> bool:
         return self.noise != "weight" and latent.group is not None and self.is_random(latent)
 
-    def _change(self, latent: Latent, layer: int, parameter: str) -> Change:
+    def _change(self, latent: Latent, layer: int, parameter: str, squares: Squares) -> Change:
         """Adds the noise of one module's weight or bias to its output, while the guide trains."""
         assert latent.group is not None
-        where = latent.group.layers[layer]
+        options: dict[str, Any] = {"where": latent.group.layers[layer], "squares": squares}
 
         def change(x: Tensor, output: Tensor) -> Tensor:
             if not self.training:
                 return output
-            scale = self.scale(latent)[layer]
+            scale = self._scales[latent.name][layer]
             if parameter == "bias":  # the weight of an input that is always 1
                 x, scale = x.new_ones(*x.shape[:-1], 1), scale.unsqueeze(-1)
             examples = self._num_examples or x.shape[0]
-            noise = bottleneck_noise(self.noise, x, scale, examples=examples, where=where)
+            noise = bottleneck_noise(self.noise, x, scale, examples=examples, **options)
             return output + noise.to(output.dtype)
 
         return change

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from pyrolora.adapters.noise import _Local, bottleneck_noise, changed_outputs, require_linear
+from pyrolora.adapters.noise import Squares, _Local, bottleneck_noise, changed_outputs, require_linear
 from pyrolora.adapters.sites import AdapterError, find_sites
 from tests.conftest import ARCHITECTURES
 
@@ -95,7 +95,22 @@ def test_gradient_of_local_noise() -> None:
     x, scale, _ = inputs()
     noise = torch.randn(EXAMPLES * TOKENS, OUT).double()
     leaves = [x.reshape(-1, IN).double().requires_grad_(), scale.double().requires_grad_()]
-    assert torch.autograd.gradcheck(lambda a, b: _Local.apply(a, b, noise)[0], leaves)
+    assert torch.autograd.gradcheck(lambda a, b: _Local.apply(a, a.detach().square(), b, noise)[0], leaves)
+
+
+def test_squares_are_shared_by_modules_of_one_input() -> None:
+    """Law: one tensor is squared once, another anew, and noise and gradients are those without sharing."""
+    x, scale, _ = inputs()
+    squares, found = Squares(), []
+    assert squares(x) is squares(x) and torch.equal(squares(x), x.square())
+    assert torch.equal(squares(2 * x), 4 * x.square())
+    for shared in (None, squares):
+        own = x.clone().requires_grad_()
+        torch.manual_seed(0)
+        for _ in range(2):
+            bottleneck_noise("local", own, scale, examples=EXAMPLES, squares=shared).sum().backward()
+        found.append(own.grad)
+    assert torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)

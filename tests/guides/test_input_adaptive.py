@@ -17,6 +17,7 @@ from torch.distributions import kl_divergence
 from transformers import TrainingArguments
 
 from pyrolora.guides.input_adaptive import InputAdaptive
+from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.elbo import Objective, TemperedELBO
 from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
@@ -166,19 +167,48 @@ def arguments(folder: Path, **changes: object) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **chosen)
 
 
+@pytest.mark.parametrize("kind", [InputAdaptive, MeanField])
 @pytest.mark.parametrize("noise", KINDS)
 @pytest.mark.parametrize("bf16", [False, True])
-def test_checkpointing_recomputes_the_same_noise(tmp_path: Path, noise: str, bf16: bool) -> None:
+def test_checkpointing_recomputes_the_same_noise(tmp_path: Path, kind: Any, noise: str, bf16: bool) -> None:
     """Law: activation checkpointing changes nothing, with two particles and accumulated gradients, in bfloat16 too."""
     options = arguments(tmp_path, gradient_accumulation_steps=2, bf16=bf16, use_cpu=True)
     ends = []
     for checkpointing in (False, True):
         options.gradient_checkpointing = checkpointing
-        guide = InputAdaptive(noise=noise)  # type: ignore[arg-type]
-        ends.append(fit(tiny_program(), guide, args=options, num_particles=2).guide.state_dict())
+        ends.append(fit(tiny_program(), kind(noise=noise), args=options, num_particles=2).guide.state_dict())
     plain, saved = ends
     assert all(torch.allclose(plain[name], saved[name], atol=1e-6) for name in plain)
     assert (plain["points.lora/query/B"] != 0).any()
+
+
+def test_accumulated_gradients_count_the_kl_once(tmp_path: Path) -> None:
+    """Law: two batches of four, accumulated, move the network as one of eight does. With B = 0 the labels say nothing
+    about it, and its gradient is that of the KL, whose prior is not where q starts."""
+    moved = []
+    for size, steps in ((8, 1), (4, 2)):
+        options = arguments(tmp_path, max_steps=1, optim="sgd", learning_rate=1e-3, max_grad_norm=0.0)
+        options.per_device_train_batch_size, options.gradient_accumulation_steps = size, steps
+        guide = fit(tiny_program(), InputAdaptive(prior="declared"), args=options).guide
+        start = math.log(math.expm1(InputAdaptive().prior_variance))
+        moved.append(guide.state_dict()["network.3.bias"] - start)
+    assert (moved[0].abs() > 1e-6).all()
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-4, atol=0)
+
+
+def test_alpha_is_in_float32_under_autocast() -> None:
+    """Law: autocast changes no α."""
+    program = tiny_program()
+    guide, batch = bound(program, InputAdaptive()), whole_batch(program)
+    plain = guide.describe_inputs(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        automatic = guide.describe_inputs(batch)
+    assert all(torch.equal(automatic[name], plain[name]) for name in plain)
+
+
+def test_which_draws_are_functions() -> None:
+    """Law: a draw is one function of all inputs where one ε serves them all, and only there."""
+    assert [kind for kind in KINDS if InputAdaptive(predictive=kind).joint_draws] == ["weight"]
 
 
 # -- predictions and files -------------------------------------------------------------------------------------------
