@@ -51,7 +51,7 @@ class Recipe:
             `DataSource`: ``{path: nyu-mll/glue, config: sst2}``.
         training: Arguments of `transformers.TrainingArguments`.
         guides: Arguments of guides that should differ from their defaults, by class name. Any other name is that of a
-            configuration, in the form of a task: ``{BLoB: {class_path: MeanField, init_args: {noise: flipout}}}``.
+            configuration, in the form of a task: ``{Flipout: {class_path: MeanField, init_args: {noise: flipout}}}``.
         temperature: β of the objective: a number, or guide pattern to number, the first match wins and 1 without one:
             ``{MeanField: 0.1}``.
         dtype: Type of the base weights; by default the checkpoint's own.

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyrolora.guides.base import Guide
 from pyrolora.guides.inducing import Inducing
+from pyrolora.guides.input_adaptive import InputAdaptive
 from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
@@ -22,6 +23,8 @@ from pyrolora.program import PyroLoRA
 GUIDES: dict[str, Guide] = {
     "MAP": MAP(),
     "MeanField over A": MeanField(),
+    "BLoB": MeanField.blob(),
+    "InputAdaptive": InputAdaptive(),
     "Inducing, product": Inducing(),
     "Inducing, factors over A and B, 8 inducing": Inducing(structure="factors", random="lora.*"),
     "Inducing, factors over A and B, 9 inducing": Inducing(structure="factors", random="lora.*", size=9),
