@@ -64,6 +64,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "generate": {
         "--prompt": {"action": "append", "default": [], "metavar": "TEXT"},
         "--max-new-tokens": {"type": int, "default": 40, "metavar": "T"},
+        "--chat": {"action": "store_true"},
         "--levels": {"nargs": 2, "type": float, "default": [0.1, 0.3], "metavar": "NATS"},
     },
     **{name: {"folders": {"nargs": "+", "type": Path, "metavar": "FOLDER"}} for name in ("join", "report")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,10 +21,14 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from pyrolora.guides.base import Guide
@@ -117,18 +122,54 @@ def untrained(guide: Guide) -> Posterior:
     return Posterior(program, guide)
 
 
-def tiny_llama() -> LlamaForCausalLM:
+# ChatML, with the system's turn where the template is given one.
+CHATML = (
+    "{% if system is defined %}<|im_start|>system\n{{ system }}<|im_end|>\n{% endif %}{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer with the tokens and the template of ChatML; a reply ends with its turn."""
+    words = copy.deepcopy(tokenizer())
+    words.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+    words.chat_template = CHATML
+    return words
+
+
+def tiny_llama(words: PreTrainedTokenizerBase | None = None) -> LlamaForCausalLM:
     """A random two-layer Llama over the tokenizer's words, whose next tokens are far from uniform."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(tokenizer()), num_key_value_heads=1, initializer_range=0.5, **sizes)
+    config = LlamaConfig(vocab_size=len(words or tokenizer()), num_key_value_heads=1, initializer_range=0.5, **sizes)
     with isolated(0):
         return LlamaForCausalLM(config)
 
 
-def language_posterior(guide: Guide, base: PreTrainedModel | None = None, **adapter: object) -> Posterior:
+def tiny_qwen3() -> Qwen3ForCausalLM:
+    """As the tiny Llama, with norms of queries and keys."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Qwen3Config(vocab_size=len(tokenizer()), num_key_value_heads=1, head_dim=8, initializer_range=0.5, **sizes)
+    with isolated(0):
+        return Qwen3ForCausalLM(config)
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """As the tiny Llama, with absolute positions, transposed maps and an output layer tied to the embeddings."""
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2}
+    with isolated(0):
+        return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer()), initializer_range=0.5, **sizes))
+
+
+def language_posterior(
+    guide: Guide,
+    base: PreTrainedModel | None = None,
+    words: PreTrainedTokenizerBase | None = None,
+    **adapter: object,
+) -> Posterior:
     """A posterior over a tiny Llama, or another base, without training: moved off its start so that draws differ."""
     texts = ["the cold stone lies in a warm house", "while dark water runs", "the river in the dark"]
-    task = LanguageModeling(tokenizer(), train=datasets.Dataset.from_dict({"text": texts}), max_length=8)
+    task = LanguageModeling(words or tokenizer(), train=datasets.Dataset.from_dict({"text": texts}), max_length=8)
     config = lora(**{"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **adapter})
     priors = {name: PRIORS[name] for name in ("*.A", "*.B")}
     with isolated(0):

@@ -21,6 +21,7 @@ def generate(
     prompt: list[str],
     max_new_tokens: int,
     levels: list[float],
+    chat: bool = False,
     file: Path | None = None,
     draws: int = 8,
     how: Literal["mixture", "draws"] = "mixture",
@@ -38,13 +39,14 @@ def generate(
     Examples:
       pyrolora generate runs/lm --prompt "The cold stone" --draws 8
       pyrolora generate runs/lm --file prompts.txt --temperature 0 --format json
-      pyrolora generate runs/lm --prompt "The river" --how draws
+      pyrolora generate runs/chat --chat --prompt "Which river?" --how draws
 
     Args:
         folder: What `pyrolora fit` wrote, of a causal language model.
         prompt: A text to continue; may be given several times.
         max_new_tokens: The most tokens of a continuation.
         levels: Mutual information of a word from which it is doubted, and much doubted.
+        chat: Put each prompt into the tokenizer's chat template, as the user's turn; the text is the reply.
         file: A text file with a prompt in each line.
         draws: Number of draws; 0 uses the posterior's mean weights, which doubt nothing.
         how: One text of the mixture of all draws, or one text of each draw and how far they differ.
@@ -53,9 +55,7 @@ def generate(
         seed: Of the draws and of sampling.
         format: text, or json for programs.
     """
-    prompts = [*prompt, *(_lines(file) if file is not None else [])]
-    if not prompts:
-        raise RecipeError("nothing to continue: give --prompt TEXT or --file prompts.txt")
+    prompts = _prompts(prompt, file)
     if not 0 < levels[0] <= levels[1]:
         raise RecipeError(f"--levels are two numbers above 0, the lower one first, not {levels[0]:g} {levels[1]:g}")
     posterior, _ = load(folder)
@@ -68,25 +68,34 @@ def generate(
         weights=weights,
         temperature=temperature,
         seed=seed,
+        chat=chat,
     )
     if format == "json":
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:
-        _show(found, levels)
+        _show(found, levels, between="\n" if chat else "")
 
 
-def _show(found: Generation, levels: list[float]) -> None:
-    """Prints prompts and texts; the legend only where a person reads it."""
+def _show(found: Generation, levels: list[float], *, between: str) -> None:
+    """Prints prompts and texts with what stands between them; the legend only where a person reads it."""
     terminal = sys.stdout.isatty()
     colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     differences = found.disagreement or [None] * len(found)
     for texts, difference in zip(found, differences, strict=True):
         for text in texts:
-            print(text.prompt + marked(text, levels, colour=colour))
+            print(text.prompt + between + marked(text, levels, colour=colour))
         if difference is not None:
             print(f"  {difference.differing:.0%} of pairs differ, mean edit distance {difference.edit_distance:.2f}")
     if terminal and found.how == "mixture":
         print(legend(levels, colour=colour))
+
+
+def _prompts(prompt: list[str], file: Path | None) -> list[str]:
+    """Those given, then the lines of a file that are not blank."""
+    prompts = [*prompt, *(_lines(file) if file is not None else [])]
+    if not prompts:
+        raise RecipeError("nothing to continue: give --prompt TEXT or --file prompts.txt")
+    return prompts
 
 
 def _lines(file: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,16 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from pyrolora.adapters.shards import is_sharded
+from pyrolora.adapters.sites import AdapterError
 from pyrolora.inference.generation import GeneratedText, Generation
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.reading import Reader
 from pyrolora.program import PyroLoRA, evaluating
+from pyrolora.tasks.chat import Chat
 from pyrolora.tasks.text import TextTask
+
+logger = logging.getLogger("pyrolora")
 
 How = Literal["mixture", "draws"]
 Weights = Literal["predictive", "uniform"]
@@ -35,7 +42,9 @@ def generate(
     weights: Weights = "predictive",
     temperature: float = 1.0,
     seed: int = 0,
+    chat: bool | Mapping[str, Any] = False,
     batch_size: int = 8,
+    chunk_size: int = 8,
 ) -> Generation:
     """Continues prompts with a causal language model under its weight posterior.
 
@@ -43,16 +52,13 @@ def generate(
     ``p(w_t | w_<t) = Σ_s π_s(t) p(w_t | w_<t, θ_s)``. With ``weights="predictive"``,
     ``π_s(t) ∝ Π_{u<t} p(w_u | w_<u, θ_s)`` over the generated tokens: the probability of the whole text is then
     ``1/S Σ_s Π_t p(w_t | w_<t, θ_s)``, that of one coherent draw whose number nobody knows. The draws that would not
-    have written the text so far fade (`GeneratedText.effective_draws`), and so does the mutual information: what is
-    left of it is news. ``weights="uniform"`` keeps ``π_s = 1/S``: an ensemble voting on each token afresh, whose doubt
-    about late tokens does not shrink, but whose texts are those of no single model.
+    have written the text so far fade (`GeneratedText.effective_draws`), and so does the mutual information.
+    ``weights="uniform"`` keeps ``π_s = 1/S``: an ensemble voting on each token afresh, whose doubt about late tokens
+    does not shrink, but whose texts are those of no single model.
 
     ``how="draws"`` writes one text with each draw. Its numbers are of that draw alone, without mutual information; the
     epistemic part is how far the texts differ, `Generation.disagreement`. All draws and prompts see the same random
-    numbers (Gumbel noise on the logits), so that equal draws write equal texts, and the text of a prompt depends on
-    it and the seed alone.
-
-    Draws stand on the model one after another, each with its own KV cache.
+    numbers (Gumbel noise on the logits): equal draws write equal texts, and a prompt's text depends on the seed alone.
 
     Args:
         posterior: Over a causal language model, with its task for the tokenizer.
@@ -63,28 +69,29 @@ def generate(
         weights: Of the draws, in a mixture.
         temperature: Of sampling, from ``p(w_t | w_<t)^{1/τ}`` normalised; 0 takes the most probable token.
         seed: Of the draws and of sampling.
+        chat: Make each prompt the user's turn of the tokenizer's chat template; the text is the reply. A mapping is
+            passed to the template: ``{"enable_thinking": False}``.
         batch_size: Prompts at once.
+        chunk_size: Draws that share a pass for each token, with ``batch_size`` rows each; bounds memory. Adapted
+            embeddings and expert parameters, adapted maps to which tokens are routed or that see them flattened,
+            trained heads with a bias and sharded bases run draw by draw, as with 1; the numbers are the same.
 
     Raises:
         ValueError: A model that generates no text, a guide whose predictions are no draws of the weights, no prompt or
-            an empty one, a text longer than the model's positions.
+            an empty one, a text longer than the model's positions, ``chat`` without a chat template.
     """
-    _check(posterior, how, weights, temperature, max_new_tokens)
+    _check(posterior, how, weights, temperature, {"max_new_tokens": max_new_tokens, "chunk_size": chunk_size})
     program, tokenizer = posterior.program, _tokenizer(posterior)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    ids = _encode(prompts, program, tokenizer, max_new_tokens)
+    ids = _encode(prompts, program, tokenizer, max_new_tokens, chat)
     draws = _draws(posterior, num_draws, seed)
-    groups = [draws] if how == "mixture" else [[draw] for draw in draws]
-    sampling = _Sampling(max_new_tokens, temperature, weights == "predictive", seed, _stops(program, tokenizer))
+    sampling = _Sampling(max_new_tokens, temperature, how, weights == "predictive", seed, _stops(program, tokenizer))
+    writer = _Writer(program, draws, sampling, chunk_size)
     texts: list[tuple[GeneratedText, ...]] = []
-    with evaluating(program.model):
-        for start in tqdm(range(0, len(ids), batch_size), desc="generate", delay=3, leave=False):
-            given, mask = _padded(ids[start : start + batch_size], program.device)
-            written = [_write([_Reader(program, draw) for draw in group], given, mask, sampling) for group in groups]
-            for i in range(len(given)):
-                rows = [{name: values[i] for name, values in columns.items()} for columns in written]
-                texts.append(tuple(_text(prompts[start + i], ids[start + i], row, tokenizer) for row in rows))
-    return Generation(tuple(texts), how=how, weights=weights, num_draws=len(draws))
+    for start in tqdm(range(0, len(ids), batch_size), desc="generate", delay=3, leave=False):
+        for i, rows in enumerate(writer(ids[start : start + batch_size]), start):
+            texts.append(tuple(_text(prompts[i], ids[i], row, tokenizer) for row in rows))
+    return Generation(tuple(texts), how=how, weights=weights, num_draws=_size(draws))
 
 
 @dataclass(frozen=True)
@@ -93,31 +100,10 @@ class _Sampling:
 
     max_new_tokens: int
     temperature: float
+    how: str
     predictive: bool
     seed: int
     stops: tuple[int, ...]
-
-
-class _Reader:
-    """One draw reading a batch of texts as they grow, with its KV cache."""
-
-    def __init__(self, program: PyroLoRA, draw: Mapping[str, Tensor]):
-        self._program, self._draw = program, draw
-        known = inspect.signature(program.model.get_base_model().forward).parameters
-        self._last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        self._positions = "position_ids" in known
-        self._cache: Any = None
-
-    def __call__(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """``log p(· | text so far)``, ``(b, V)``, from the tokens that are new, ``(b, t)``, and the mask of all."""
-        inputs = {"input_ids": tokens, "attention_mask": mask, **self._last}
-        if self._positions:
-            # Counted from each text's first real token, as in training.
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        with self._program.placed(self._draw):
-            output = self._program.model(**inputs, past_key_values=self._cache, use_cache=True)
-        self._cache = output.past_key_values
-        return output.logits[:, -1].float().log_softmax(-1)
 
 
 def _padded(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -128,26 +114,61 @@ def _padded(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
     return tokens, mask
 
 
-def _write(readers: Sequence[_Reader], tokens: Tensor, mask: Tensor, sampling: _Sampling) -> dict[str, list[Tensor]]:
-    """Continues left-padded prompts ``(b, t)``; for each prompt the columns of its `GeneratedText`."""
+class _Writer:
+    """Continues batches of prompts under all draws, in chunks of draws that share a pass while the model bears it."""
+
+    def __init__(self, program: PyroLoRA, draws: Mapping[str, Tensor], sampling: _Sampling, chunk_size: int):
+        self._program, self._draws, self._sampling = program, draws, sampling
+        self._chunk = 1 if is_sharded(program.model) else chunk_size
+
+    def __call__(self, ids: Sequence[Sequence[int]]) -> list[list[dict[str, Tensor]]]:
+        """For each prompt its texts, as columns of `GeneratedText`."""
+        given = _padded(ids, self._program.device)
+        with evaluating(self._program.model):
+            try:
+                return self._written(*given)
+            except AdapterError as error:
+                if self._chunk == 1:
+                    raise
+                logger.info("draws cannot share a pass of this model; running them one by one (%s)", error)
+                self._chunk = 1
+                return self._written(*given)
+
+    def _written(self, tokens: Tensor, mask: Tensor) -> list[list[dict[str, Tensor]]]:
+        chunks = (slice(first, first + self._chunk) for first in range(0, _size(self._draws), self._chunk))
+        parts = ({name: value[chunk] for name, value in self._draws.items()} for chunk in chunks)
+        readers = (Reader(self._program, part, len(tokens)) for part in parts)
+        if self._sampling.how == "mixture":
+            return _write(list(readers), tokens, mask, self._sampling)
+        each = [_write([reader], tokens, mask, self._sampling) for reader in readers]
+        return [[text for texts in own for text in texts] for own in zip(*each, strict=True)]
+
+
+def _write(
+    readers: Sequence[Reader], tokens: Tensor, mask: Tensor, sampling: _Sampling
+) -> list[list[dict[str, Tensor]]]:
+    """Continues left-padded prompts ``(b, t)`` with G texts each: one of all M draws, or one of each."""
     generator = torch.Generator().manual_seed(sampling.seed)
-    size, device = len(tokens), tokens.device
-    log_weights = torch.full((len(readers), size), -math.log(len(readers)), device=device)
+    draws, size, device = sum(reader.size for reader in readers), len(tokens), tokens.device
+    members, texts = (draws, 1) if sampling.how == "mixture" else (1, draws)
+    log_weights = torch.full((members, texts, size), -math.log(members), device=device)
     stops = torch.tensor(sampling.stops, device=device, dtype=torch.long)
-    running = torch.ones(size, dtype=torch.bool, device=device)
+    running = torch.ones(texts, size, dtype=torch.bool, device=device)
     columns: dict[str, list[Tensor]] = {}
+    tokens = tokens.unsqueeze(0)
     while running.any() and len(columns.get("running", ())) < sampling.max_new_tokens:
-        log_p = torch.stack([reader(tokens, mask) for reader in readers])
+        log_p = torch.cat([reader(tokens, mask) for reader in readers]).view(members, texts, size, -1)
         log_mixture = (log_p + log_weights.unsqueeze(-1)).logsumexp(0)
         score = log_mixture
         if sampling.temperature > 0:
             gumbel = -torch.empty(score.shape[-1]).exponential_(generator=generator).log()
             score = log_mixture + sampling.temperature * gumbel.to(device)
-        chosen = score.argmax(-1, keepdim=True)
+        tokens = score.argmax(-1, keepdim=True)
+        chosen = tokens.squeeze(-1)
         step = {
             "running": running,
-            "tokens": chosen.squeeze(-1),
-            "log_prob": log_mixture.gather(-1, chosen).squeeze(-1),
+            "tokens": chosen,
+            "log_prob": log_mixture.gather(-1, tokens).squeeze(-1),
             "entropy": _entropy(log_mixture),
             "expected_entropy": (log_weights.exp() * _entropy(log_p)).sum(0),
             "effective_draws": 1 / log_weights.exp().square().sum(0),
@@ -155,22 +176,24 @@ def _write(readers: Sequence[_Reader], tokens: Tensor, mask: Tensor, sampling: _
         for name, value in step.items():
             columns.setdefault(name, []).append(value)
         if sampling.predictive:
-            own = log_p.gather(-1, chosen.expand(len(readers), -1, -1)).squeeze(-1)
+            own = log_p.gather(-1, tokens.expand(members, -1, -1, -1)).squeeze(-1)
             log_weights = (log_weights + own).log_softmax(0)
-        running = running & ~torch.isin(chosen.squeeze(-1), stops)
+        running = running & ~torch.isin(chosen, stops)
         # Texts that have ended are carried along; nothing after their end is kept.
-        tokens, mask = chosen, torch.cat([mask, torch.ones_like(chosen)], -1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
     stacked = {name: torch.stack(values, -1).cpu() for name, values in columns.items()}
     alive = stacked.pop("running")
-    return {name: [row[keep] for row, keep in zip(rows, alive, strict=True)] for name, rows in stacked.items()}
+    return [
+        [{name: rows[g, n][alive[g, n]] for name, rows in stacked.items()} for g in range(texts)] for n in range(size)
+    ]
 
 
 def _entropy(log_p: Tensor) -> Tensor:
     return torch.special.entr(log_p.exp()).sum(-1)
 
 
-def _draws(posterior: Posterior, num_draws: int, seed: int) -> list[dict[str, Tensor]]:
-    """The draws of the adapters, one after another; one for mean weights and point estimates."""
+def _draws(posterior: Posterior, num_draws: int, seed: int) -> dict[str, Tensor]:
+    """The draws of the adapters, ``{site: (S, *shape)}``; S is 1 for mean weights and point estimates."""
     program, guide = posterior.program, posterior.guide
     if num_draws < 0:
         raise ValueError(f"num_draws is at least 0, not {num_draws}")
@@ -180,19 +203,25 @@ def _draws(posterior: Posterior, num_draws: int, seed: int) -> list[dict[str, Te
             "each pass), which write no coherent text; generate with its mean weights (draws: 0), or fit another guide"
         )
     if num_draws == 0 or not guide.random_sites():
-        return [{name: value for name, value in posterior.mean().items() if name in program.sites}]
-    values = {n: v for n, v in posterior.draw(guide.draws_for(num_draws), seed=seed).items() if n in program.sites}
-    return [{name: value[s] for name, value in values.items()} for s in range(len(next(iter(values.values()))))]
+        values = {name: value.unsqueeze(0) for name, value in posterior.mean().items()}
+    else:
+        values = posterior.draw(guide.draws_for(num_draws), seed=seed)
+    return {name: value for name, value in values.items() if name in program.sites}
 
 
-def _check(posterior: Posterior, how: str, weights: str, temperature: float, max_new_tokens: int) -> None:
-    for name, value, choices in (("how", how, get_args(How)), ("weights", weights, get_args(Weights))):
-        if value not in choices:
-            raise ValueError(f"{name} is one of {', '.join(choices)}, not {value!r}")
+def _size(draws: Mapping[str, Tensor]) -> int:
+    return len(next(iter(draws.values())))
+
+
+def _check(posterior: Posterior, how: str, weights: str, temperature: float, counts: Mapping[str, int]) -> None:
+    for name, chosen, choices in (("how", how, get_args(How)), ("weights", weights, get_args(Weights))):
+        if chosen not in choices:
+            raise ValueError(f"{name} is one of {', '.join(choices)}, not {chosen!r}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is a number ≥ 0, not {temperature}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is at least 1, not {max_new_tokens}")
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} is at least 1, not {value}")
     base: Any = posterior.program.model.get_base_model()
     writes = hasattr(base, "can_generate") and base.can_generate() and not base.config.is_encoder_decoder
     if not writes or "past_key_values" not in inspect.signature(base.forward).parameters:
@@ -210,21 +239,29 @@ def _tokenizer(posterior: Posterior) -> PreTrainedTokenizerBase:
 
 
 def _encode(
-    prompts: Sequence[str], program: PyroLoRA, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+    prompts: Sequence[str],
+    program: PyroLoRA,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    chat: bool | Mapping[str, Any],
 ) -> list[list[int]]:
-    """Token ids with what the tokenizer puts before a text, without what it puts after one: the text goes on."""
+    """Token ids with what the tokenizer or its chat template puts before a text, without what it puts after one."""
     base: Any = program.model.get_base_model()
     most = getattr(base.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if not prompts:
         raise ValueError("no prompt to continue")
+    turns = None if chat is False else Chat(tokenizer, chat if isinstance(chat, Mapping) else {})
     rows = []
     for i, prompt in enumerate(prompts):
         bare = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         if not bare:
             raise ValueError(f"prompt {i} is empty")
-        whole = tokenizer(prompt, verbose=False)["input_ids"]
-        starts = (k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
-        rows.append(whole[: next(starts, len(whole)) + len(bare)])
+        if turns is None:
+            whole = tokenizer(prompt, verbose=False)["input_ids"]
+            starts = (k for k in range(len(whole)) if whole[k : k + len(bare)] == bare)
+            rows.append(whole[: next(starts, len(whole)) + len(bare)])
+        else:
+            rows += turns.tokens([prompt])[0]["input_ids"]
         if len(rows[-1]) + max_new_tokens > most:
             raise ValueError(
                 f"prompt {i} has {len(rows[-1])} tokens; with {max_new_tokens} new ones that is more than the model's "

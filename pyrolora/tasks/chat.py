@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -15,13 +16,15 @@ class Chat:
     Args:
         tokenizer: One with a chat template.
         options: What the template understands beside the messages, such as ``{"enable_thinking": False}``.
-        max_length: The most tokens of a turn.
+        max_length: The most tokens of a turn; without it turns are never cut.
 
     Raises:
         ValueError: No chat template, or one that alone has ``max_length`` tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], *, max_length: int):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], *, max_length: int = sys.maxsize
+    ):
         if not tokenizer.chat_template:
             raise ValueError(
                 f"chat: the tokenizer ({type(tokenizer).__name__}) has no chat template, as those of models have that "

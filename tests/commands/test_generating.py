@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from pyrolora.cli import main
 from pyrolora.guides.mean_field import MeanField
@@ -12,26 +13,31 @@ from pyrolora.inference.generate import generate
 from pyrolora.recipe import Recipe
 from pyrolora.report.terminal import marked
 from pyrolora.saved import load, save
-from tests.programs import language_posterior, tiny_llama, tokenizer
+from tests.programs import chat_tokenizer, language_posterior, tiny_llama, tokenizer
 from tests.recipes import write_recipe, write_rows
 from tests.terminal import Captured, fails
 
 DRAWS = ["--draws", "3", "--max-new-tokens", "6", "--levels", "0.02", "0.1"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved posterior over a tiny Llama, with its recipe. Read only."""
-    folder = tmp_path_factory.mktemp("language")
-    tiny_llama().save_pretrained(folder / "base")
-    tokenizer().save_pretrained(str(folder / "base"))
+def saved(folder: Path, words: PreTrainedTokenizerBase) -> Path:
+    """A saved posterior over a tiny Llama, with its recipe."""
+    tiny_llama(words).save_pretrained(folder / "base")
+    words.save_pretrained(str(folder / "base"))
     write_rows(folder / "train.jsonl", [{"text": "the cold stone lies in a warm house while dark water runs"}])
     recipe = write_recipe(
         folder,
         adapter={"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"},
         task={"class_path": "LanguageModeling", "init_args": {"train": "train.jsonl", "max_length": 8}},
     )
-    return save(language_posterior(MeanField(random="*")), Recipe.read(recipe), folder / "run")
+    posterior = language_posterior(MeanField(random="*"), tiny_llama(words), words)
+    return save(posterior, Recipe.read(recipe), folder / "run")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a tokenizer that has no chat template. Read only."""
+    return saved(tmp_path_factory.mktemp("language"), tokenizer())
 
 
 def test_piped(folder: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -77,6 +83,24 @@ def test_draws_and_json(folder: Path, capsys: Captured) -> None:
     assert plain == json.loads(json.dumps(found.to_dict()))
     assert found.disagreement is not None
     assert lines[3].startswith(f"  {found.disagreement[0].differing:.0%} of pairs differ")
+
+
+def test_chat(folder: Path, tmp_path: Path, capsys: Captured) -> None:
+    """Law: --chat puts prompts into the chat template, as the API does, and shows each reply below its prompt; a
+    tokenizer without a template is one line."""
+    own = saved(tmp_path, chat_tokenizer())
+    capsys.readouterr()
+    command = ["generate", str(own), "--prompt", "the cold stone", *DRAWS]
+    main([*command, "--chat"])
+    lines = capsys.readouterr().out.splitlines()
+    found, plain = (
+        generate(load(own)[0], "the cold stone", num_draws=3, max_new_tokens=6, chat=c) for c in (True, False)
+    )
+    assert lines == ["the cold stone", marked(found.texts[0][0], (0.02, 0.1), colour=False)]
+    main([*command, "--chat", "--format", "json"])
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.to_dict()))
+    assert found.texts[0][0].tokens.tolist() != plain.texts[0][0].tokens.tolist()
+    assert "has no chat template" in fails(capsys, "generate", folder, "--prompt", "water", "--chat")
 
 
 def test_wrong_prompts(folder: Path, fitted: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     LlamaConfig,
@@ -20,10 +21,12 @@ from pyrolora.guides.curvature import curvature
 from pyrolora.guides.factors import KroneckerFactors
 from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
+from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.fit import default_arguments, fit
+from pyrolora.inference.generate import generate
 from pyrolora.inference.randomness import isolated
 from pyrolora.program import PyroLoRA
-from tests.programs import PRIORS, sentence_task
+from tests.programs import PRIORS, language_posterior, sentence_task, tiny_llama
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -105,3 +108,19 @@ def test_a_prediction_leaves_gradients_alone(folder: Path, bits: int) -> None:
             fit(chosen, Laplace(optimise=False)).predict(chosen.task.test)
         means.append(fit(chosen, MAP(), args=arguments).predict(chosen.task.test).log_mean)
     assert torch.allclose(means[0], means[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_draws_share_a_pass_of_the_rounded_weights(tmp_path: Path, bits: int) -> None:
+    """Law: text generated with all draws in one pass of a quantised base is that of draws run one after another."""
+    tiny_llama().save_pretrained(tmp_path)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=CONFIGS[bits])
+    posterior = language_posterior(MeanField(random="*"), base)
+    prompts = ["the cold stone", "water"]
+    for how in ("mixture", "draws"):
+        found, loop = (generate(posterior, prompts, num_draws=3, how=how, chunk_size=c) for c in (8, 1))  # type: ignore[arg-type]
+        for texts, others in zip(found, loop, strict=True):
+            for text, other in zip(texts, others, strict=True):
+                assert torch.equal(text.tokens, other.tokens)
+                torch.testing.assert_close(text.entropy, other.entropy, atol=1e-3, rtol=1e-3)

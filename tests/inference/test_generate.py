@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from pyrolora.diagnostics.language import mixture
 from pyrolora.guides.input_adaptive import InputAdaptive
@@ -16,9 +19,34 @@ from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.generate import generate
 from pyrolora.inference.generation import Generation
 from pyrolora.inference.posterior import Posterior
-from tests.programs import language_posterior, tiny_llama, tokenizer, untrained
+from pyrolora.inference.randomness import isolated
+from tests.programs import chat_tokenizer, language_posterior, tiny_gpt2, tiny_llama, tiny_qwen3, tokenizer, untrained
 
 PROMPTS = ["the cold stone", "in a warm house while dark water", "water"]
+STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
+
+# A base, and the options of its adapter.
+BASES: Mapping[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
+    "llama": (tiny_llama, {}),
+    "llama, lm_head": (tiny_llama, {"target_modules": ["q_proj", "lm_head"]}),
+    "qwen3": (tiny_qwen3, {}),
+    "gpt2": (tiny_gpt2, {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+}
+if STORIES.is_dir():
+    BASES["stories260K"] = (lambda: AutoModelForCausalLM.from_pretrained(STORIES), {})  # type: ignore[index]
+
+
+def words_of(name: str) -> PreTrainedTokenizerBase:
+    if name != "stories260K":
+        return tokenizer()
+    found = AutoTokenizer.from_pretrained(STORIES)
+    found.pad_token = found.eos_token
+    return found
+
+
+def posterior_over(name: str, dtype: torch.dtype = torch.float32) -> Posterior:
+    base, adapter = BASES[name]
+    return language_posterior(MeanField(random="*"), base().to(dtype), words_of(name), **adapter)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +55,9 @@ def posterior() -> Posterior:
     return language_posterior(MeanField(random="*"))
 
 
-def encoded(prompt: str) -> list[int]:
-    return tokenizer()(prompt)["input_ids"][:-1]  # without [SEP], which would end the text
+def encoded(prompt: str, words: PreTrainedTokenizerBase | None = None) -> list[int]:
+    ids = (words or tokenizer())(prompt)["input_ids"]
+    return ids if ids[-1] != tokenizer().sep_token_id else ids[:-1]  # without [SEP], which would end the text
 
 
 def one(draws: dict[str, Tensor], s: int) -> dict[str, Tensor]:
@@ -39,9 +68,9 @@ def same(a: Generation, b: Generation) -> bool:
     return [[t.tokens.tolist() for t in texts] for texts in a] == [[t.tokens.tolist() for t in texts] for texts in b]
 
 
-def greedy(model: torch.nn.Module, prompt: str, length: int) -> list[int]:
+def greedy(model: nn.Module, prompt: str, length: int, words: PreTrainedTokenizerBase | None = None) -> list[int]:
     """What transformers' own generate writes."""
-    ids = torch.tensor([encoded(prompt)])
+    ids = torch.tensor([encoded(prompt, words)])
     options = {"max_new_tokens": length, "do_sample": False, "pad_token_id": 0}
     return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()  # type: ignore[operator]
 
@@ -121,14 +150,94 @@ def test_prompts_do_not_see_each_other(posterior: Posterior, how: str) -> None:
 
 def test_absolute_positions() -> None:
     """Law: a model with absolute positions counts them from each prompt's first token, not from the padding."""
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2}
-    base = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer()), initializer_range=0.5, **sizes))
-    posterior = language_posterior(MeanField(random="*"), base, target_modules=["c_attn"], fan_in_fan_out=True)
+    posterior = posterior_over("gpt2")
     together = generate(posterior, PROMPTS, num_draws=2, max_new_tokens=5)
     for prompt, texts in zip(PROMPTS, together, strict=True):
         alone = generate(posterior, prompt, num_draws=2, max_new_tokens=5).texts[0][0]
         assert torch.equal(texts[0].tokens, alone.tokens)
         torch.testing.assert_close(texts[0].entropy, alone.entropy, atol=1e-4, rtol=1e-4)
+
+
+def passes(posterior: Posterior, **options: Any) -> tuple[Generation, int]:
+    """What is generated, and how many times the base model ran."""
+    ran: list[int] = []
+    hook = posterior.program.model.get_base_model().register_forward_hook(lambda *_: ran.append(1))
+    try:
+        return generate(posterior, PROMPTS, **options), len(ran)
+    finally:
+        hook.remove()
+
+
+def assert_equal(found: Generation, expected: Generation) -> None:
+    assert same(found, expected)
+    for texts, others in zip(found, expected, strict=True):
+        for text, other in zip(texts, others, strict=True):
+            for name in ("log_prob", "entropy", "mutual_information", "effective_draws"):
+                torch.testing.assert_close(getattr(text, name), getattr(other, name), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["mixture", "draws"])
+@pytest.mark.parametrize("name", BASES)
+def test_draws_share_a_pass(name: str, how: str) -> None:
+    """Law: draws in chunks of any size write the tokens, and have the log probabilities, entropies and mutual
+    informations, of draws run one after another; a chunk costs one pass a token."""
+    posterior = posterior_over(name, torch.float64)  # far from their means, real weights amplify rounding
+    options: dict[str, Any] = {"num_draws": 5, "max_new_tokens": 6, "how": how, "seed": 1}
+    loop, count = passes(posterior, chunk_size=1, **options)
+    longest = max(len(text.tokens) for texts in loop for text in texts)
+    assert count == 5 * longest or how == "draws"
+    for chunk_size, chunks in ((8, 1), (3, 2)):
+        found, count = passes(posterior, chunk_size=chunk_size, **options)
+        assert_equal(found, loop)
+        assert count == chunks * longest or (how == "draws" and count <= chunks * longest)
+    informations = torch.cat([text.mutual_information for texts in loop for text in texts])
+    assert len({tuple(text.tokens.tolist()) for texts in loop for text in texts}) > 2
+    assert (informations.max() > 0.01) == (how == "mixture")
+
+
+class Routed(nn.Module):
+    """Two experts as linear maps; each token sees one of them."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        output = torch.zeros_like(flat)
+        for i, expert in enumerate(self.experts):
+            mine = (flat[:, 0] > 0) == bool(i)
+            output[mine] = expert(flat[mine])
+        return output.view_as(x)
+
+
+def routed() -> LlamaForCausalLM:
+    model = tiny_llama()
+    with isolated(0):
+        model.model.layers[1].mlp = Routed(16)
+    return model
+
+
+@pytest.mark.parametrize("how", ["mixture", "draws"])
+@pytest.mark.parametrize(
+    ("base", "targets", "reason"),
+    [
+        (tiny_llama, ["embed_tokens", "v_proj"], "embed_tokens"),
+        (routed, ["q_proj", "experts.0", "experts.1"], "experts."),
+    ],
+)
+def test_draws_that_share_no_pass(
+    base: Callable, targets: list[str], reason: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Law: adapted embeddings, and adapted maps that see some tokens only, are run draw by draw, once that is known;
+    it is said once, and the numbers are those of the loop."""
+    posterior = language_posterior(MeanField(random="*"), base(), target_modules=targets)
+    options: dict[str, Any] = {"num_draws": 3, "max_new_tokens": 5, "how": how, "batch_size": 1}
+    loop = generate(posterior, PROMPTS, chunk_size=1, **options)
+    with caplog.at_level(logging.INFO, logger="pyrolora"):
+        found = generate(posterior, PROMPTS, **options)
+    assert_equal(found, loop)
+    assert [reason in record.message and "one by one" in record.message for record in caplog.records] == [True]
 
 
 def test_seeds(posterior: Posterior) -> None:
@@ -178,23 +287,75 @@ def test_pieces_are_the_text(posterior: Posterior) -> None:
             assert piece.strip() == tokenizer().decode([token]).removeprefix("##").strip()
 
 
-def test_stock_peft_writes_the_same(posterior: Posterior, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", BASES)
+def test_stock_peft_writes_the_same(name: str, tmp_path: Path) -> None:
     """Law: the mean and each draw, exported and loaded by stock PEFT side by side, write the same greedy text."""
+    posterior, words = posterior_over(name), words_of(name)
     posterior.export_peft(tmp_path / "mean")
     for s in range(2):
         posterior.export_peft(tmp_path / f"draw-{s}", draw=s)
-    model = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "mean"), adapter_name="mean").eval()
+    model = PeftModel.from_pretrained(BASES[name][0](), str(tmp_path / "mean"), adapter_name="mean").eval()
     for s in range(2):
         model.load_adapter(str(tmp_path / f"draw-{s}"), adapter_name=f"draw-{s}")
     mean = generate(posterior, PROMPTS, num_draws=0, max_new_tokens=8, temperature=0)
     draws = generate(posterior, PROMPTS, num_draws=2, max_new_tokens=8, temperature=0, how="draws")
     written = set()
     for i, prompt in enumerate(PROMPTS):
-        for name, text in zip(("mean", "draw-0", "draw-1"), (mean.texts[i][0], *draws.texts[i]), strict=True):
-            model.set_adapter(name)
-            assert greedy(model, prompt, 8) == text.tokens.tolist()
+        for adapter, text in zip(("mean", "draw-0", "draw-1"), (mean.texts[i][0], *draws.texts[i]), strict=True):
+            model.set_adapter(adapter)
+            assert greedy(model, prompt, 8, words) == text.tokens.tolist()
             written.add(tuple(text.tokens.tolist()))
     assert len(written) > 3
+
+
+@pytest.fixture(scope="module")
+def chatting() -> Posterior:
+    """Over a tiny Llama that knows ChatML. Read only."""
+    words = chat_tokenizer()
+    return language_posterior(MeanField(random="*"), tiny_llama(words), words)
+
+
+def test_chat(chatting: Posterior) -> None:
+    """Law: with chat, the text is what transformers' generate answers to the user's turn in the tokenizer's template,
+    and ends where the turn does; the prompt stays the user's, and a template's options reach it."""
+    words, program = chat_tokenizer(), chatting.program
+    draw = one(chatting.draw(1), 0)
+    written = []
+    for options in ({}, {"system": "be warm"}):
+        found = generate(chatting, PROMPTS, num_draws=1, max_new_tokens=7, temperature=0, chat=options or True)
+        for prompt, (text,) in zip(PROMPTS, found, strict=True):
+            turns = [{"role": "user", "content": prompt}]
+            given = words.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", **options)
+            own: Any = given["input_ids"]
+            rendered = words.decode(own[0])
+            assert rendered.count("<|im_start|>") == 2 + len(options) and rendered.endswith("<|im_start|> assistant")
+            with program.placed(draw):
+                whole = program.model.generate(input_ids=own, attention_mask=torch.ones_like(own), max_new_tokens=7)
+            written.append(text.tokens.tolist())
+            assert written[-1] == whole[0, own.shape[1] :].tolist()
+            assert text.prompt == prompt and "".join(text.pieces) == text.text and "assistant" not in text.text
+    assert written[: len(PROMPTS)] != written[len(PROMPTS) :]
+    plain = generate(chatting, PROMPTS, num_draws=1, max_new_tokens=7, temperature=0)
+    assert [texts[0].tokens.tolist() for texts in plain] != written[: len(PROMPTS)]
+
+
+def test_chat_ends_with_its_turn(chatting: Posterior) -> None:
+    """Law: the token that ends a turn, the tokenizer's end of text, ends the reply and is no part of its words."""
+    end, head = chat_tokenizer().eos_token_id, chatting.program.model.get_base_model().lm_head
+    hook = head.register_forward_hook(lambda module, inputs, logits: logits.index_fill(-1, torch.tensor(end), 1e4))
+    text = generate(chatting, "water", num_draws=2, chat=True).texts[0][0]
+    hook.remove()
+    assert text.tokens.tolist() == [end] and text.text == ""
+
+
+def test_chat_that_cannot_be(posterior: Posterior, chatting: Posterior) -> None:
+    """Law: a tokenizer without a chat template, an empty turn, and one that is too long are refused."""
+    with pytest.raises(ValueError, match=r"has no chat template.*Leave chat out, or set tokenizer\.chat_template"):
+        generate(posterior, "water", chat=True)
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        generate(chatting, " ", chat=True)
+    with pytest.raises(ValueError, match="prompt 0 has 6 tokens; with 2044 new ones"):
+        generate(chatting, "water", max_new_tokens=2044, chat=True)
 
 
 def test_a_point_estimate_has_no_doubt() -> None:
@@ -210,6 +371,7 @@ def test_a_point_estimate_has_no_doubt() -> None:
         ({"weights": "equal"}, "weights is one of predictive, uniform, not 'equal'"),
         ({"temperature": -1.0}, "temperature is a number ≥ 0, not -1.0"),
         ({"max_new_tokens": 0}, "max_new_tokens is at least 1, not 0"),
+        ({"chunk_size": 0}, "chunk_size is at least 1, not 0"),
         ({"num_draws": -1}, "num_draws is at least 0, not -1"),
         ({"prompts": []}, "no prompt to continue"),
         ({"prompts": ["water", " "]}, "prompt 1 is empty"),
