@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.reparam.reparam import Reparam
@@ -161,10 +160,6 @@ class InputAdaptive(Guide):
             {"params": list(self.network.parameters()), "lr": learning_rate * self.scale_learning_rate},
         ]
 
-    def post_fit(self, program: PyroLoRA, data: Dataset) -> None:
-        # The last batch's graph would be kept alive, and cannot be copied.
-        self._seen, self._factors = None, {}
-
     @property
     def joint_draws(self) -> bool:
         """Whether a draw is one function of all inputs."""
@@ -177,7 +172,8 @@ class InputAdaptive(Guide):
         """α of every layer, ``{"<site>.alpha": (b, layers)}``."""
         return {f"{site}.alpha": alpha.detach() for site, alpha in self._alphas(batch).items()}
 
-    def hooks(self, program: PyroLoRA) -> AbstractContextManager:
+    @contextlib.contextmanager
+    def hooks(self, program: PyroLoRA) -> Iterator[None]:
         """Noise on the outputs of the lora_A modules, of passes with this guide's local latent variables."""
         squares = Squares()
         changes = [
@@ -185,7 +181,9 @@ class InputAdaptive(Guide):
             for site, group in self._groups.items()
             for layer, (path, _) in enumerate(group.holders)
         ]
-        return changed_outputs(program.model, changes)
+        with changed_outputs(program.model, changes):
+            yield
+        self._factors = {}  # they hold the last batch's graph, which cannot be copied
 
     # -- parts -------------------------------------------------------------------------------------------------------
 

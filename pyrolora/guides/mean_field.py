@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
-from datasets import Dataset
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
@@ -133,10 +132,8 @@ class MeanField(Guide):
             {"params": scales, "lr": learning_rate * self.scale_learning_rate},
         ]
 
-    def post_fit(self, program: PyroLoRA, data: Dataset) -> None:
-        self._scales = {}  # they hold the last step's graph, which cannot be copied
-
-    def hooks(self, program: PyroLoRA) -> AbstractContextManager:
+    @contextlib.contextmanager
+    def hooks(self, program: PyroLoRA) -> Iterator[None]:
         squares = Squares()
         changes = [
             (path, self._change(latent, layer, parameter, squares))
@@ -144,7 +141,9 @@ class MeanField(Guide):
             if self._in_activations(latent) and latent.group is not None
             for layer, (path, parameter) in enumerate(latent.group.holders)
         ]
-        return changed_outputs(program.model, changes)
+        with changed_outputs(program.model, changes):
+            yield
+        self._scales = {}  # they hold the last step's graph, which cannot be copied
 
     def scale(self, latent: Latent) -> Tensor:
         """σ of a random site, on the unconstrained scale for a hyper-parameter: ``latent.shape``."""
