@@ -9,7 +9,10 @@ from typing import Any
 
 import yaml
 
-from tests.programs import sentences, tiny_bert, tokenizer
+from pyrolora.guides.mean_field import MeanField
+from pyrolora.recipe import Recipe
+from pyrolora.saved import save
+from tests.programs import language_posterior, sentences, tiny_bert, tiny_llama, tokenizer
 
 CONTENT: Mapping[str, Any] = {
     "base": "base",
@@ -51,3 +54,16 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
+
+
+def save_language(folder: Path) -> Path:
+    """Saves a posterior over a tiny Llama with its recipe, and returns where."""
+    tiny_llama().save_pretrained(folder / "base")
+    tokenizer().save_pretrained(str(folder / "base"))
+    write_rows(folder / "train.jsonl", [{"text": "the cold stone lies in a warm house while dark water runs"}])
+    recipe = write_recipe(
+        folder,
+        adapter={"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"},
+        task={"class_path": "LanguageModeling", "init_args": {"train": "train.jsonl", "max_length": 8}},
+    )
+    return save(language_posterior(MeanField(random="*")), Recipe.read(recipe), folder / "run")

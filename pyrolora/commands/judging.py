@@ -7,13 +7,16 @@ import logging
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 from datasets import Dataset
 
+from pyrolora.commands.using import TABLES
 from pyrolora.construct import RecipeError
 from pyrolora.diagnostics.diagnose import diagnose as diagnose_posterior
 from pyrolora.diagnostics.evaluation import Evaluation, evaluate_posterior, fit_scaling
 from pyrolora.diagnostics.language import LanguageEvaluation, evaluate_language
-from pyrolora.inference.archive import write_json
+from pyrolora.diagnostics.tokens import token_uncertainty
+from pyrolora.inference.archive import replacing, write_json, writing
 from pyrolora.likelihoods.next_token import NextToken
 from pyrolora.report.diagnosis import write_pictures
 from pyrolora.saved import load
@@ -22,31 +25,44 @@ logger = logging.getLogger("pyrolora")
 
 
 def evaluate(
-    folder: Path, *, split: str = "test", draws: int = 16, seed: int = 0, format: Literal["table", "json"] = "table"
+    folder: Path,
+    *,
+    split: str = "test",
+    draws: int = 16,
+    seed: int = 0,
+    tokens: Path | None = None,
+    format: Literal["table", "json"] = "table",
 ) -> None:
     """Scores a saved posterior on a split, with and without temperature scaling.
 
     The temperature is fitted on the validation split, never on the one scored.
     The test split is also told from every out-of-distribution split.
-    Of a language model it gives the perplexity per token.
+    Of a language model it gives the perplexity per token, and in a file the log
+    probability, entropy and mutual information of every token.
 
     Examples:
       pyrolora evaluate runs/mf
       pyrolora evaluate runs/mf --split validation --draws 64 --format json
+      pyrolora evaluate runs/lm --tokens tokens.parquet
 
     Args:
         folder: What `pyrolora fit` wrote.
         split: test, validation, train, or the name of an out-of-distribution split.
         draws: Number of draws; 0 scores the posterior's mean weights.
         seed: Of the draws.
+        tokens: Of a language model: a .csv, .jsonl or .parquet file that gets a row for each token.
         format: table, or json for programs.
     """
+    if tokens is not None and tokens.suffix not in TABLES:
+        raise RecipeError(f"--tokens {tokens}: the ending is one of {', '.join(TABLES)}")
     posterior, task = load(folder)
     splits = {"test": task.test, "validation": task.validation, "train": task.train, **task.ood}
     data = splits.get(split)
     if data is None:
         there = ", ".join(name for name, found in splits.items() if found is not None)
         raise RecipeError(f"{folder}: no split {split!r}; there are {there}")
+    if tokens is not None and not isinstance(task.likelihood, NextToken):
+        raise RecipeError(f"{folder}: --tokens is for language models; `pyrolora predict` has a row for each input")
     result: Evaluation | LanguageEvaluation
     if isinstance(task.likelihood, NextToken):
         result = evaluate_language(posterior, data, num_draws=draws, seed=seed)
@@ -63,6 +79,16 @@ def evaluate(
         print(json.dumps(json.loads(plain, parse_constant=lambda _: None), indent=2))  # JSON has no NaN
     else:
         print(f"{split}: {result}")
+    if tokens is not None:
+        _write(token_uncertainty(posterior, data, num_draws=draws, seed=seed), tokens)
+
+
+def _write(table: pd.DataFrame, file: Path) -> None:
+    with writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as new:
+        TABLES[file.suffix](table, new)
+    logger.info("%d tokens in %s", len(table), file)
 
 
 def diagnose(

@@ -15,6 +15,7 @@ from pyrolora.diagnostics.psis import compare_loo, guide_khat, loo
 from pyrolora.diagnostics.selective import RiskCoverageCurve, evaluate_selective, risk_coverage_curve
 from pyrolora.diagnostics.sensitivity import power_scaling
 from pyrolora.diagnostics.temperature import calibrate, fit_temperature, scale
+from pyrolora.diagnostics.tokens import token_uncertainty
 from pyrolora.diagnostics.uncertainty import Component, DrawsCurve, Uncertainty, decompose, nll_by_draws
 from pyrolora.diagnostics.verdict import Finding
 from pyrolora.diagnostics.weights import Weights, summarise
@@ -64,4 +65,5 @@ __all__ = [
     "scale",
     "separation",
     "summarise",
+    "token_uncertainty",
 ]

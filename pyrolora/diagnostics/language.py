@@ -90,14 +90,20 @@ def evaluate_language(
     scores = {size: mixture(draws[:size]) for size in sizes}
     nats = nats_per_token(scores[len(draws)], tokens, seed=seed)
     return LanguageEvaluation(
-        perplexity=Estimate(*(math.exp(value) for value in (nats.value, nats.low, nats.high))),
+        perplexity=Estimate(*(perplexity(value) for value in (nats.value, nats.low, nats.high))),
         nats_per_token=nats,
-        mean_weights=None if mean is None else math.exp(-float(mean.sum()) / tokens.sum()),
-        by_draws={size: math.exp(-score.sum() / tokens.sum()) for size, score in scores.items()},
+        mean_weights=None if mean is None else perplexity(-float(mean.sum()) / tokens.sum()),
+        by_draws={size: perplexity(-score.sum() / tokens.sum()) for size, score in scores.items()},
         num_draws=len(draws),
         num_blocks=len(tokens),
         num_tokens=int(tokens.sum()),
     )
+
+
+def perplexity(nats: float) -> float:
+    """``exp`` of nats per token; infinite beyond 709 nats, where a float ends."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(nats))
 
 
 def mixture(log_likelihood: torch.Tensor) -> FloatArray:

@@ -166,7 +166,7 @@ class InputAdaptive(Guide):
         return self.predictive == "weight"
 
     def passes(self, num_draws: int, num_outputs: int) -> int:
-        return super().passes(num_draws, num_outputs) + (self.features == "backbone" and num_draws > 0)
+        return super().passes(num_draws, num_outputs) + (self.features == "backbone")
 
     def describe_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """α of every layer, ``{"<site>.alpha": (b, layers)}``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from datasets import Dataset
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrolora.guides.base import Guide
 from pyrolora.inference.predict import Runner
-from pyrolora.program import Batch, PyroLoRA
+from pyrolora.program import PyroLoRA
 
 
 @torch.no_grad()
@@ -20,19 +20,16 @@ def describe_inputs(program: PyroLoRA, guide: Guide, data: Dataset, *, batch_siz
     Returns:
         ``{name: (n, layers)}`` in the order of the data; empty for guides without local latent variables.
     """
-    widths: dict[str, int] = {}
-
-    def joined(_: Any, batch: Batch) -> Tensor:
-        found = guide.describe_inputs(batch)
-        widths.update({name: value.shape[-1] for name, value in found.items()})
-        size = len(next(iter(batch.values())))
-        return torch.cat([torch.zeros(size, 0, device=program.device), *found.values()], -1)
-
     if not guide.local_sites():
         return {}
     parts, order = [], []
-    for rows, values in Runner(program, {}, {}).run(joined, data, batch_size=batch_size):
-        parts.append(values[0].cpu())
+    for rows, batch in Runner(program, {}, {}).batches(data, batch_size=batch_size):
+        parts.append(guide.describe_inputs(batch))
         order += rows
-    sorted_ = torch.cat(parts)[torch.argsort(torch.tensor(order))]
-    return dict(zip(widths, sorted_.split(list(widths.values()), -1), strict=True))
+    return in_order(parts, order)
+
+
+def in_order(parts: Sequence[Mapping[str, Tensor]], order: Sequence[int]) -> dict[str, Tensor]:
+    """Batches of ``{name: (b, ...)}`` as one, on the CPU, row ``order[i]`` being the i-th of them."""
+    back = torch.argsort(torch.tensor(order))
+    return {name: torch.cat([part[name].cpu() for part in parts])[back] for name in parts[0]}

@@ -16,16 +16,19 @@ from torch import Tensor, nn
 from xarray import DataTree
 
 from pyrolora.adapters.checkpoint import export_adapter
+from pyrolora.adapters.limits import readable
 from pyrolora.guides.base import Guide, matches
 from pyrolora.inference import archive, datatree, processes
 from pyrolora.inference.density import paired_traces, traces, values_of
 from pyrolora.inference.display import table
-from pyrolora.inference.inputs import describe_inputs
+from pyrolora.inference.inputs import describe_inputs, in_order
 from pyrolora.inference.noise import noise_to_mean
-from pyrolora.inference.predict import Function, Runner, log_likelihood, log_probabilities
+from pyrolora.inference.predict import Function, Runner, check_data, log_likelihood, log_probabilities
 from pyrolora.inference.prediction import Prediction, PredictionBuilder
 from pyrolora.inference.randomness import isolated, spawn
+from pyrolora.inference.restore import restore
 from pyrolora.likelihoods.base import ClassLikelihood
+from pyrolora.likelihoods.next_token import NextToken
 from pyrolora.priors.base import Prior
 from pyrolora.program import Latent, PyroLoRA
 from pyrolora.tasks.base import Task
@@ -98,7 +101,7 @@ class Posterior:
         *,
         seed: int = 0,
         batch_size: int = 32,
-        chunk_size: int = 8,
+        chunk_size: int | None = None,
         vectorise: bool | None = None,
     ) -> Prediction:
         """The posterior predictive over classes: probabilities averaged over draws, at the temperature `scaling`.
@@ -108,27 +111,35 @@ class Posterior:
             num_draws: S; 0 uses the posterior's mean weights in place of draws. A guide without random sites runs once.
             seed: Of the draws.
             batch_size: Rows at once.
-            chunk_size: Draws at once.
+            chunk_size: Draws at once; None for as many as the likelihood says, eight for classes.
             vectorise: Whether draws run together under `torch.vmap`; None does so where it pays.
+
+        Raises:
+            TypeError: A likelihood without classes.
+            NonFiniteError: Probabilities that are not finite; it names their rows and draws, and what may be wrong.
         """
-        self._check_data(data)
         if not isinstance(self.program.likelihood, ClassLikelihood):
             kind = type(self.program.likelihood).__name__
             raise TypeError(
                 f"predict gives class probabilities; for the likelihood {kind} use logits or log_likelihood"
             )
-        runner = self._runner(num_draws, seed, chunk_size, vectorise)
+        runner = self.runner(num_draws, seed=seed, chunk_size=chunk_size, vectorise=vectorise)
         builder = None
         order: list[int] = []
-        for rows, values in runner.run(log_probabilities(self.program), data, batch_size=batch_size):
+        inputs: list[dict[str, Tensor]] = []
+        for rows, batch in runner.batches(data, batch_size=batch_size):
+            values = runner.evaluate(log_probabilities(self.program), batch)
+            runner.check_probabilities(values, rows, data)
             joint = runner.natural is None or self.guide.joint_draws
             builder = builder or PredictionBuilder(len(data), len(values), self._class_names(), joint=joint)
             builder.add(values)
+            # Of the same batch, whose features the guide has computed already.
+            inputs.append(self.guide.describe_inputs(batch))
             order += rows
         columns = {name: data[name][:] for name in ("labels", "text") if name in data.column_names}
         assert builder is not None
         prediction = builder.build(torch.tensor(order), columns).scaled(self.scaling)
-        return replace(prediction, inputs=describe_inputs(self.program, self.guide, data, batch_size=batch_size))
+        return replace(prediction, inputs=in_order(inputs, order))
 
     def log_likelihood(
         self,
@@ -138,43 +149,52 @@ class Posterior:
         sites: str | Sequence[str] = "*",
         seed: int = 0,
         batch_size: int = 32,
-        chunk_size: int = 8,
+        chunk_size: int | None = None,
     ) -> Tensor:
         """``log p(y_n | x_n, θ_s)`` in nats, ``(S, n)``: what LOO, WAIC and perplexity are made from.
 
         Random sites that do not match ``sites`` stand at their mean.
         """
-        runner = self._runner(num_draws, seed, chunk_size, sites=sites)
+        runner = self.runner(num_draws, seed=seed, chunk_size=chunk_size, sites=sites)
         return self._collect(runner, log_likelihood(self.program), data, batch_size)
 
     def logits(
-        self, data: Dataset, num_draws: int = 16, *, seed: int = 0, batch_size: int = 32, chunk_size: int = 8
+        self, data: Dataset, num_draws: int = 16, *, seed: int = 0, batch_size: int = 32, chunk_size: int | None = None
     ) -> Tensor:
         """The likelihood's natural parameters under each draw, ``(S, n, ...)``.
 
         For regression these are draws of the mean function: their mean over S predicts, their standard deviation is
         the epistemic uncertainty, and the noise scale is the site ``likelihood.scale``.
+
+        Raises:
+            ValueError: Next tokens of texts that differ in length, whose logits are no one tensor.
         """
-        runner = self._runner(num_draws, seed, chunk_size)
+        check_data(data)
+        if isinstance(self.program.likelihood, NextToken) and len({len(ids) for ids in data["input_ids"]}) > 1:
+            raise ValueError(
+                "logits of next tokens are one tensor for texts of one length only. Use log_likelihood, or "
+                "diagnostics.token_uncertainty for each token, or select rows of one length"
+            )
+        runner = self.runner(num_draws, seed=seed, chunk_size=chunk_size)
         return self._collect(runner, self.program.logits, data, batch_size)
 
     def _collect(self, runner: Runner, function: Function, data: Dataset, batch_size: int) -> Tensor:
-        self._check_data(data)
         parts, order = [], []
         for rows, values in runner.run(function, data, batch_size=batch_size):
             parts.append(values.cpu())
             order += rows
         return torch.cat(parts, 1)[:, torch.argsort(torch.tensor(order))]
 
-    def _runner(
+    def runner(
         self,
-        num_draws: int,
-        seed: int,
-        chunk_size: int,
-        vectorise: bool | None = None,
+        num_draws: int = 16,
         *,
+        seed: int = 0,
+        chunk_size: int | None = None,
+        vectorise: bool | None = None,
         sites: str | Sequence[str] = "*",
     ) -> Runner:
+        """What runs the base model under S draws of the posterior; arguments as those of `predict`."""
         natural = self.guide.natural_parameters(self.program, num_draws, seed=seed) if num_draws > 0 else None
         if natural is not None:
             return Runner(self.program, {}, self.mean(), natural=natural)
@@ -183,15 +203,6 @@ class Posterior:
         draws = self.draw(self.guide.draws_for(num_draws), seed=seed) if random else {}
         draws = {name: value for name, value in draws.items() if name in random}
         return Runner(self.program, draws, fixed, chunk_size=chunk_size, vectorise=vectorise)
-
-    def _check_data(self, data: Dataset) -> None:
-        if not isinstance(data, Dataset):
-            raise TypeError(
-                f"data is a {type(data).__name__}, not a tokenised datasets.Dataset: use a split of the task, or "
-                "task.tokenise(...) for new rows"
-            )
-        if len(data) == 0:
-            raise ValueError("the data set is empty")
 
     def _class_names(self) -> tuple[str, ...]:
         return self.program.task.class_names if self.program.task is not None else ()
@@ -284,7 +295,8 @@ class Posterior:
         folder = Path(folder)
         if processes.rank() > 0:
             return folder
-        config = self.program.model.peft_config[self.program.adapter_name]
+        model, name = self.program.model, self.program.adapter_name
+        config = readable(model.peft_config[name], model, name)  # type: ignore[arg-type]
         archive.write(folder, state=self.guide.state_dict(), meta=self._meta(), adapter=config)
         return folder
 
@@ -323,26 +335,13 @@ class Posterior:
             priors: Needed where a prior was somebody's own function, which no file can hold.
 
         Raises:
-            ArchiveError: Missing, truncated or foreign files, another base model, or other sites.
+            ArchiveError: Missing, truncated or foreign files, another base model, other sites, or a description that
+                asks for more than the files hold.
         """
-        folder = Path(folder)
-        meta, state = archive.read_meta(folder), archive.read_state(folder)
-        where = str(folder / "posterior.json")
-        if priors is None:
-            priors = archive.rebuild(meta["priors"], where=where)
-        config = archive.read_adapter(folder)
-        likelihood = archive.rebuild(meta["likelihood"], where=where)
-        with archive.refusing(f"{folder} does not fit this base model"), isolated(0):
-            program = PyroLoRA(base_model, config, priors=priors, likelihood=likelihood, num_data=meta["num_data"])
+        program, guide, meta = restore(Path(folder), base_model, priors)
         program.task = task
-        archive.check_fits(program, meta, folder)
-        guide = archive.rebuild(meta["guide"], where=where)
-        with archive.refusing(f"{folder / 'posterior.safetensors'} does not fit its posterior.json"):
-            guide.bind(program)
-            guide.load_state_dict(state)
-        posterior = cls(program, guide.to(program.device), temperature=meta["temperature"], seed=meta["seed"])
+        posterior = cls(program, guide, temperature=meta["temperature"], seed=meta["seed"])
         posterior.scaling, posterior.history = meta["scaling"], meta["history"]
-        guide.eval()
         return posterior
 
     def export_peft(self, folder: str | Path, draw: str | int = "mean", *, seed: int = 0) -> Path:
@@ -354,6 +353,10 @@ class Posterior:
             folder: Where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
             draw: ``"mean"``, or the index of a draw (of those that `draw` gives for the same seed).
             seed: Of the draws.
+
+        Raises:
+            ValueError: No such draw, or noise of each input, which fits no adapter.
+            ArchiveError: The folder cannot be written to, or the disk is full.
         """
         if draw == "mean":
             values = self.mean()
@@ -364,7 +367,9 @@ class Posterior:
         else:
             raise ValueError(f'draw is "mean" or an index ≥ 0, not {draw!r}')
         adapters = {name: value for name, value in values.items() if name in self.program.sites}
-        return export_adapter(self.program.model, self.program.placement, values=adapters, folder=folder)
+        with archive.replacing_all(Path(folder), last="adapter_config.json") as new:
+            export_adapter(self.program.model, self.program.placement, values=adapters, folder=new)
+        return Path(folder)
 
     def _repr_html_(self) -> str:
         return table(repr(self), self.program, self.guide, self.history)

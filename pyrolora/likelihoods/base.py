@@ -27,6 +27,8 @@ class Likelihood(ABC):
     """
 
     site: ClassVar[str] = "labels"
+    # How many draws of the natural parameters predictions hold at once, unless told otherwise.
+    draws_at_once: ClassVar[int] = 8
 
     def forward_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What goes to the base model: the tensors of the batch, without the observation.

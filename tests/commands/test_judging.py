@@ -3,10 +3,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
+import pytest
+
 from pyrolora.cli import main
 from pyrolora.diagnostics.evaluation import evaluate_posterior, fit_scaling
+from pyrolora.diagnostics.tokens import token_uncertainty
 from pyrolora.inference.posterior import Posterior
 from pyrolora.recipe import Recipe
+from pyrolora.saved import load
+from tests.recipes import save_language
 from tests.terminal import Captured, fails
 
 
@@ -38,6 +44,29 @@ def test_evaluate_other_splits(fitted: Path, capsys: Captured) -> None:
         assert ("τ" in out) == (split != "validation")
     assert "there are test, validation, train, far" in fails(capsys, "evaluate", fitted, "--split", "farr")
     assert "1 of 1 labels are unknown" in fails(capsys, "evaluate", fitted, "--split", "unknown")
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_evaluate_writes_tokens(tmp_path: Path, capsys: Captured, ending: str) -> None:
+    """Law: of a language model --tokens writes the table of `token_uncertainty` beside the evaluation, whose output
+    stays plain JSON; other posteriors and endings stop with one line."""
+    folder = save_language(tmp_path)
+    file = tmp_path / "new" / f"tokens.{ending}"
+    capsys.readouterr()
+    said = ["--split", "train", "--draws", "3", "--format", "json"]
+    main(["evaluate", str(folder), *said, "--tokens", str(file)])
+    assert json.loads(capsys.readouterr().out)["num_draws"] == 3
+    posterior, task = load(folder)
+    found = pd.read_parquet(file) if ending == "parquet" else pd.read_json(file, lines=True)
+    expected = token_uncertainty(posterior, task.train, num_draws=3)
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False, atol=1e-5)
+    assert "ending is one of .csv, .jsonl, .parquet" in fails(capsys, "evaluate", folder, "--tokens", "tokens.txt")
+
+
+def test_tokens_are_of_language_models(fitted: Path, tmp_path: Path, capsys: Captured) -> None:
+    """Law: a classifier has no tokens to write; the error names the command that has a row for each input."""
+    said = fails(capsys, "evaluate", fitted, "--tokens", tmp_path / "tokens.csv")
+    assert "--tokens is for language models" in said and "pyrolora predict" in said
 
 
 def test_diagnose(fitted: Path, recipe: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyrolora.diagnostics.language import evaluate_language, mixture, nats_per_token
+from pyrolora.diagnostics.language import evaluate_language, mixture, nats_per_token, perplexity
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.posterior import Posterior
@@ -79,6 +79,19 @@ def test_interval_covers() -> None:
         found = nats_per_token(-tokens * generator.gamma(4.0, 0.5, 60), tokens)
         held += found.low <= 2.0 <= found.high
     assert 178 <= held <= 199
+
+
+def test_perplexity_has_no_end(posterior: Posterior, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: exp of the nats, and infinity where a float ends: a very bad posterior is scored, not refused."""
+    assert perplexity(2.0) == pytest.approx(math.exp(2.0)) and perplexity(709.0) < math.inf
+    assert perplexity(800.0) == perplexity(math.inf) == math.inf
+    task = posterior.program.task
+    assert task is not None
+    bad = torch.full((3, len(task.train)), -1e5)
+    monkeypatch.setattr(posterior, "log_likelihood", lambda *_, **__: bad)
+    found = evaluate_language(posterior, task.train, num_draws=3)
+    assert found.perplexity.value == found.perplexity.high == found.mean_weights == found.by_draws[3] == math.inf
+    assert math.isfinite(found.nats_per_token.value) and "perplexity     inf" in str(found)
 
 
 def test_classes_are_refused() -> None:

@@ -214,12 +214,21 @@ def test_which_draws_are_functions() -> None:
 # -- predictions and files -------------------------------------------------------------------------------------------
 
 
-def test_the_frozen_pass_is_counted() -> None:
-    """Law: features of the backbone cost one pass more than the draws, and none where nothing is drawn."""
-    for features, more in (("embedding", 0), ("backbone", 1)):
-        guide = InputAdaptive(features=features)  # type: ignore[arg-type]
-        guide.bind(tiny_program())
-        assert guide.passes(4, 2) == 4 + more and guide.passes(0, 2) == 1 and guide.draws_for(4) == 4
+@pytest.mark.parametrize(("features", "more"), [("embedding", 0), ("backbone", 1)])
+def test_passes_are_counted(features: str, more: int) -> None:
+    """Law: a prediction takes a pass for each draw, and features of the backbone one more, α included; that is what
+    the guide says."""
+    program = tiny_program()
+    posterior = Posterior(program, bound(program, InputAdaptive(features=features)))  # type: ignore[arg-type]
+    seen: list[int] = []
+    encoder = program.model.get_base_model().bert.encoder
+    handle = encoder.register_forward_hook(lambda *_: seen.append(1))
+    for draws in (4, 0):
+        seen.clear()
+        assert posterior.predict(sentence_task().test, draws).inputs
+        assert len(seen) == posterior.guide.passes(draws, 2) == max(draws, 1) + more
+    handle.remove()
+    assert posterior.guide.draws_for(4) == 4
 
 
 @pytest.mark.parametrize("features", ["embedding", "backbone"])

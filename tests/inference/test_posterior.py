@@ -19,7 +19,16 @@ from pyrolora.inference.randomness import isolated
 from pyrolora.priors.base import Prior
 from pyrolora.program import PyroLoRA
 from pyrolora.tasks.sequence_classification import SequenceClassification
-from tests.programs import PRIORS, lora, sentence_task, sentences, tiny_bert, tiny_program, tokenizer
+from tests.programs import (
+    PRIORS,
+    language_posterior,
+    lora,
+    sentence_task,
+    sentences,
+    tiny_bert,
+    tiny_program,
+    tokenizer,
+)
 
 
 def moved(guide: MeanField | MAP, *, seed: int = 0) -> Posterior:
@@ -272,6 +281,21 @@ def test_bad_requests_say_what_to_do() -> None:
         posterior.draw(0)
     with pytest.raises(ValueError, match='"mean" or an index'):
         posterior.export_peft("nowhere", draw="median")
+
+
+def test_logits_of_next_tokens_are_of_one_length() -> None:
+    """Law: blocks of one length give (S, n, T−1, V) whatever the batches; shorter ones stop and say what to use."""
+    posterior = language_posterior(MeanField(random="*"))
+    task = posterior.program.task
+    assert task is not None
+    whole = task.train.filter(lambda row: len(row["input_ids"]) == 8)
+    values = posterior.logits(whole, 2, batch_size=1)
+    assert values.shape == (2, len(whole), 7, len(tokenizer()))
+    assert torch.allclose(values, posterior.logits(whole, 2), atol=1e-5)
+    assert 0 < len(whole) < len(task.train)
+    for batch_size in (1, 32):
+        with pytest.raises(ValueError, match=r"Use log_likelihood, or\s.*token_uncertainty"):
+            posterior.logits(task.train, 2, batch_size=batch_size)
 
 
 def test_logits_serve_regression() -> None:

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from pyrolora.guides.map import MAP
 from pyrolora.inference.predict import (
     Runner,
     _by_length,
@@ -24,7 +25,15 @@ from pyrolora.likelihoods.normal import Normal as NormalLikelihood
 from pyrolora.priors.normal import Normal
 from pyrolora.program import PyroLoRA
 from tests.conftest import Architecture
-from tests.programs import LinearModel, linear_gaussian, lora, sentence_task, tiny_bert, tiny_program
+from tests.programs import (
+    LinearModel,
+    language_posterior,
+    linear_gaussian,
+    lora,
+    sentence_task,
+    tiny_bert,
+    tiny_program,
+)
 
 
 def draws_of(program: PyroLoRA, num_draws: int, *, seed: int = 0) -> dict[str, Tensor]:
@@ -72,6 +81,36 @@ def test_chunks_bound_how_many_run_at_once() -> None:
 
     Runner(program, draws_of(program, 7), {}, chunk_size=3, vectorise=True).evaluate(function, whole_batch(program))
     assert sizes == [3, 3, 1]
+
+
+def test_draws_one_after_another() -> None:
+    """Law: `each` gives what `evaluate` stacks, and runs the model no sooner than a draw is asked for."""
+    program = tiny_program()
+    batch, ran = whole_batch(program), []
+
+    def function(draws: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        ran.append(1)
+        return program.logits(draws, batch)
+
+    runner = Runner(program, draws_of(program, 3), {})
+    with torch.no_grad():
+        natural = list(runner.evaluate(program.logits, batch))
+    for one in (runner, Runner(program, {}, {}), Runner(program, {}, {}, natural=lambda _: natural)):
+        expected, count = one.evaluate(program.logits, batch), 0
+        ran.clear()
+        for s, value in enumerate(one.each(function, batch)):
+            count += 1
+            assert len(ran) == s + 1 and torch.allclose(value, expected[s], atol=1e-6) and not value.requires_grad
+        assert count == len(expected)
+
+
+def test_likelihoods_say_how_many_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: next tokens, whose logits have the vocabulary as an axis, run one draw at a time unless told otherwise, and
+    need no vmap then; classes run eight."""
+    for program, size in ((tiny_program(), 8), (language_posterior(MAP()).program, 1)):
+        assert Runner(program, {}, {}).chunk_size == size and Runner(program, {}, {}, chunk_size=3).chunk_size == 3
+    monkeypatch.setattr("pyrolora.inference.predict.shared_prefix", lambda *_: 1.0)
+    assert not Runner(program, {}, {}).vectorise and Runner(program, {}, {}, chunk_size=3).vectorise
 
 
 def test_without_draws_one_pass_serves() -> None:
