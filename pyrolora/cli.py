@@ -21,8 +21,8 @@ from pyrolora.commands.judging import diagnose, evaluate
 from pyrolora.commands.methods import calibrate, join, methods
 from pyrolora.commands.using import export, predict
 from pyrolora.construct import classes
+from pyrolora.inference.predict import NonFiniteError
 from pyrolora.inference.processes import launched
-from pyrolora.inference.trainer import NonFiniteError
 from pyrolora.options import build_parser as parser_of
 
 logger = logging.getLogger("pyrolora")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_sta
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from pyrolora.adapters.limits import check_patterns, limited
 from pyrolora.adapters.placement import Placement
 from pyrolora.adapters.sites import AdapterError
 
@@ -25,17 +27,20 @@ def load_adapter(base_model: nn.Module, folder: str | Path) -> PeftModel:
         folder: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Raises:
-        AdapterError: The folder holds no adapter, one kept in a pickle, a damaged one, one that is not LoRA, or one
-            whose matrices are not those that the base model needs.
+        AdapterError: The folder holds no adapter, one kept in a pickle, a damaged one, one that is not LoRA, one whose
+            matrices are not those that the base model needs, or one that asks for more (see `limits`).
     """
     folder = Path(folder)
     if isinstance(base_model, PeftModel):
         raise AdapterError(
             f"{folder}: the base model has adapters already; give the model that they were injected into"
         )
-    config, saved = read_config(folder), _saved_names(folder)
+    config, sizes = read_config(folder), _saved_sizes(folder)
+    saved = set(sizes)
     try:
-        model = PeftModel.from_pretrained(base_model, str(folder), config=config)  # type: ignore[arg-type]
+        check_patterns(config, base_model)
+        with limited(sum(sizes.values())):
+            model = PeftModel.from_pretrained(base_model, str(folder), config=config)  # type: ignore[arg-type]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         # torch lists every mismatch; the first says enough.
         first = " ".join(line.strip() for line in str(error).splitlines()[:2])
@@ -70,13 +75,14 @@ def read_config(folder: str | Path) -> LoraConfig:
     return config
 
 
-def _saved_names(folder: Path) -> set[str]:
+def _saved_sizes(folder: Path) -> dict[str, int]:
+    """The names of the saved tensors, and how many numbers are in each."""
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise AdapterError(f"{folder}: no adapter_model.safetensors (pickled adapters are not opened)")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return set(file.keys())
+            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path} is damaged or not a safetensors file: {error}") from error
 

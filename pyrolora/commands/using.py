@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyrolora.construct import RecipeError
+from pyrolora.inference.archive import replacing, writing
 from pyrolora.inference.processes import launched, refuse
 from pyrolora.inference.stream import predict_to_parquet
 from pyrolora.saved import load
@@ -56,8 +57,10 @@ def predict(folder: Path, file: Path, *, draws: int = 16, seed: int = 0, output:
     if output is None:
         print(table.dropna(axis=1, how="all").to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        TABLES[output.suffix](table, output)
+        with writing(output.parent):
+            output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(output) as new:
+            TABLES[output.suffix](table, new)
         print(f"{len(table)} predictions in {output}")
 
 

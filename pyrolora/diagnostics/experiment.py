@@ -21,7 +21,7 @@ from pyrolora.construct import RecipeError
 from pyrolora.diagnostics import cells
 from pyrolora.diagnostics.cells import BASELINE, Cell, Method
 from pyrolora.diagnostics.results import assemble, write
-from pyrolora.inference.archive import read_meta
+from pyrolora.inference.archive import read_meta, writing
 from pyrolora.inference.processes import count, gather, join, rank, wait
 from pyrolora.likelihoods.base import ClassLikelihood
 from pyrolora.recipe import Recipe
@@ -81,7 +81,8 @@ def run(
     chosen = _baseline(methods, baseline)
     tasks = _build_tasks(methods)
     planned = _cells(methods, seeds, num_draws=num_draws, output=output)
-    (output / "cells").mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        (output / "cells").mkdir(parents=True, exist_ok=True)
     done = _finished(planned, tasks)
     failed: dict[str, str] = {}
     write_now = partial(_write, planned, done, failed, tasks, baseline=chosen, recipes=recipes, output=output)

@@ -104,8 +104,10 @@ class Laplace(Guide):
         check_choice("Laplace: scope", scope, Scope)
         check_choice("Laplace: predictive", predictive, Predictive)
         check_precision(precision)
-        if not (rank >= 1 and num_points >= 1 and exact_up_to >= 0 and batch_size >= 1):
-            raise ValueError("Laplace: rank, num_points and batch_size are at least 1, exact_up_to at least 0")
+        if not (rank >= 1 and 1 <= num_points <= 2**20 and exact_up_to >= 0 and batch_size >= 1):
+            raise ValueError(
+                "Laplace: rank, num_points and batch_size are at least 1 (num_points ≤ 2^20), exact_up_to at least 0"
+            )
         self.structure, self.rank, self.tokens = structure, rank, tokens
         self.precision, self.scope = precision, scope
         self.predictive, self.num_points, self.optimise = predictive, num_points, optimise

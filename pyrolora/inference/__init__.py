@@ -7,8 +7,9 @@ from pyrolora.inference.generate import generate
 from pyrolora.inference.generation import GeneratedText, Generation
 from pyrolora.inference.join import join
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.predict import NonFiniteError
 from pyrolora.inference.prediction import Prediction
-from pyrolora.inference.trainer import ELBOTrainer, NonFiniteError
+from pyrolora.inference.trainer import ELBOTrainer
 
 __all__ = [
     "ArchiveError",

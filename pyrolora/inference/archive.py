@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,8 @@ from pyrolora.program import PyroLoRA
 FORMAT = 2
 READABLE = (1, 2)  # 1 has no checksums of posterior.json and adapter_config.json
 _TENSORS, _META, _ADAPTER = "posterior.safetensors", "posterior.json", "adapter_config.json"
+_NEW = ".new"  # the folder inside a folder in which new files are written before they are moved
+_DEEPEST = 50  # levels of JSON: more than any ensemble of ensembles needs, far fewer than Python bears
 _KINDS: dict[str, Any] = {"guides": Guide, "priors": Callable, "likelihoods": Likelihood}
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "guide": dict,
@@ -118,29 +121,23 @@ def _public_class(path: Any) -> type | None:
 def write(folder: Path, *, state: Mapping[str, Tensor], meta: Mapping[str, Any], adapter: PeftConfig) -> None:
     """Writes ``posterior.safetensors``, ``adapter_config.json``, and ``posterior.json`` with the checksums of both.
 
-    Where that fails, what was there before is untouched. A kill between the final moves leaves files that do not
-    belong together, which reading refuses.
+    Where that fails, what was there before is untouched. After a kill at any moment the folder is read as the old
+    posterior or as the new one: the new counts as soon as all its files are whole, moved to their places or not.
 
     Raises:
         ArchiveError: The folder cannot be written to, or the disk is full.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (
-            replacing(folder / _META) as new_meta,
-            replacing(folder / _ADAPTER) as new_adapter,
-            replacing(folder / _TENSORS) as new_tensors,
-        ):
-            save_file(tensors, str(new_tensors))
-            new_adapter.write_text(_json(_plain(adapter.to_dict())), encoding="utf-8")
-            sums = {"sha256": _digest(new_tensors), "adapter_sha256": _digest(new_adapter)}
-            new_meta.write_text(_json(sealed({"format": FORMAT, **meta, **sums})), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise ArchiveError(
-            f"{folder}: the posterior cannot be written: {error}. What was there before is untouched; make room, or "
-            "choose another folder"
-        ) from error
+    if _is_pending(folder):
+        with writing(folder):
+            _move(folder / _NEW, folder, last=_META)
+    with replacing_all(folder, last=_META) as new:
+        save_file(tensors, str(new / _TENSORS))
+        (new / _ADAPTER).write_text(_json(_plain(adapter.to_dict())), encoding="utf-8")
+        sums = {"sha256": _digest(new / _TENSORS), "adapter_sha256": _digest(new / _ADAPTER)}
+        for name in (_TENSORS, _ADAPTER):  # before there is a posterior.json by which they would be found
+            _sync(new / name)
+        (new / _META).write_text(_json(sealed({"format": FORMAT, **meta, **sums})), encoding="utf-8")
 
 
 def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,12 +159,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
     Raises:
         ArchiveError: Missing, truncated, foreign, or of a newer format.
     """
-    path = folder / _META
+    path = _place(folder, _META)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
+        if _is_deep(meta):
+            raise ValueError(f"it is nested more than {_DEEPEST} levels deep, which no posterior is")
     except FileNotFoundError:
         raise ArchiveError(
-            f"{path} does not exist: {folder} is not a folder that Posterior.save_pretrained wrote"
+            f"{path} does not exist: {folder} is not a folder that Posterior.save_pretrained wrote{_instead(folder)}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ArchiveError(f"{path} cannot be read: {error}") from error
@@ -178,7 +177,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if meta["format"] != 1 and sealed(meta)["checksum"] != meta.get("checksum"):
         raise ArchiveError(f"{path} is damaged, or was changed by hand: its content is not that of its checksum")
     meta.setdefault("scaling", 1.0)  # of files from before it could be stored
-    if wrong := [name for name, kind in _FIELDS.items() if not isinstance(meta.get(name), kind)]:
+    fields = _FIELDS if meta["format"] == 1 else {**_FIELDS, "adapter_sha256": str}
+    if wrong := [name for name, kind in fields.items() if not isinstance(meta.get(name), kind)]:
         raise ArchiveError(f"{path} is not a whole posterior: {', '.join(wrong)} missing or of another type")
     if not meta["scaling"] > 0:
         raise ArchiveError(f"{path}: the temperature of a predictive is positive, not {meta['scaling']}")
@@ -197,15 +197,14 @@ def read_state(folder: Path) -> dict[str, Tensor]:
     Raises:
         ArchiveError: Missing, damaged, or another posterior's.
     """
-    path = folder / _TENSORS
-    expected = read_meta(folder)["sha256"]
+    path, expected = _place(folder, _TENSORS), read_meta(folder)["sha256"]
     try:
         if _digest(path) != expected:
             raise ArchiveError(f"{path} is damaged, or not the file that {_META} belongs to (their SHA-256 differ)")
         with safe_open(str(path), framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
-        raise ArchiveError(f"{path} does not exist") from None
+        raise ArchiveError(f"{path} does not exist{_instead(folder)}") from None
     except (OSError, SafetensorError) as error:
         raise ArchiveError(f"{path} is damaged or not a safetensors file: {error}") from error
     if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
@@ -219,13 +218,13 @@ def read_adapter(folder: Path) -> LoraConfig:
     Raises:
         ArchiveError: Missing, damaged, or no configuration of LoRA.
     """
-    path, meta = folder / _ADAPTER, read_meta(folder)
+    path, meta = _place(folder, _ADAPTER), read_meta(folder)
     try:
         if meta["format"] != 1 and _digest(path) != meta["adapter_sha256"]:
             raise ArchiveError(f"{path} is damaged, or not the file that {_META} belongs to (their SHA-256 differ)")
-        return read_config(folder)
+        return read_config(path.parent)
     except FileNotFoundError:
-        raise ArchiveError(f"{path} does not exist") from None
+        raise ArchiveError(f"{path} does not exist{_instead(folder)}") from None
     except (OSError, AdapterError) as error:
         raise ArchiveError(f"{path} cannot be read: {error}") from error
 
@@ -257,14 +256,106 @@ def refusing(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, which takes its place at the end of a block that did not raise."""
-    new = path.with_name(f"{path.name}.new")
+def writing(path: Path) -> Iterator[None]:
+    """Whatever keeps a block from writing to a file or folder becomes an `ArchiveError` that names it."""
     try:
-        yield new
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ArchiveError(
+            f"{path} cannot be written: {error}. What was there before is untouched; make room, or choose another "
+            "folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to, which takes its place at the end of a block that did not raise.
+
+    Raises:
+        ArchiveError: The file cannot be written, or the disk is full.
+    """
+    new = path.with_name(f".{path.name}.new")  # what a kill leaves is not taken for one of the files
+    with writing(path):
+        try:
+            yield new
+            _sync(new)
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_all(folder: Path, *, last: str) -> Iterator[Path]:
+    """A folder to write files to, which take their places in ``folder`` at the end of a block that did not raise.
+
+    Args:
+        folder: Made where there is none.
+        last: The file that is moved last.
+
+    Raises:
+        ArchiveError: The folder cannot be written to, or the disk is full.
+    """
+    new = folder / _NEW
+    files: list[Path] = []
+    with writing(folder):
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        try:
+            yield new
+            files = list(new.iterdir())
+            for file in files:
+                _sync(file)
+            _move(new, folder, last=last)
+        except BaseException:
+            if all(file.exists() for file in files):  # else the old ones are no longer whole, and the new are needed
+                shutil.rmtree(new, ignore_errors=True)
+            raise
+
+
+def _move(new: Path, folder: Path, *, last: str) -> None:
+    for file in sorted(new.iterdir(), key=lambda file: file.name == last):
+        os.replace(file, folder / file.name)
+    new.rmdir()
+
+
+def _sync(file: Path) -> None:
+    """What is moved into its place must be on the disk before."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def _is_pending(folder: Path) -> bool:
+    """Whether a write was killed when all its files were whole, but not all of them in their places."""
+    try:
+        meta = json.loads((folder / _NEW / _META).read_text(encoding="utf-8"))
+        if _is_deep(meta) or sealed(meta)["checksum"] != meta["checksum"]:
+            return False
+        sums = {_TENSORS: meta["sha256"], _ADAPTER: meta["adapter_sha256"]}
+        places = {name: folder / _NEW if (folder / _NEW / name).is_file() else folder for name in sums}
+        return all(_digest(places[name] / name) == expected for name, expected in sums.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def _place(folder: Path, name: str) -> Path:
+    """Where a file of a posterior is: in its place, or still where a write that was killed has left it whole."""
+    new = folder / _NEW / name
+    return new if new.is_file() and _is_pending(folder) else folder / name
+
+
+def _instead(folder: Path) -> str:
+    """What a folder holds, for who renamed a file."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    more = ", ..." if len(names) > 8 else ""
+    return f"; files keep the names that they were given, and there are {', '.join(names[:8])}{more}" if names else ""
+
+
+def _is_deep(content: Any) -> bool:
+    """Whether JSON is nested deeper than is read; without recursion."""
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [v for c in level if isinstance(c, dict | list) for v in (c.values() if isinstance(c, dict) else c)]
+    return bool(level)
 
 
 def _json(content: Any) -> str:

@@ -12,6 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrolora.guides.base import Guide
+from pyrolora.inference.predict import NonFiniteError, not_finite
 from pyrolora.inference.randomness import isolated, spawn
 from pyrolora.program import PyroLoRA
 
@@ -62,6 +63,13 @@ def _drawing(guide: Guide, number: int, seed: int) -> Iterator[None]:
     try:
         with torch.no_grad(), poutine.block(), isolated(spawn(seed, number)):
             yield
+    except ValueError as error:  # of a distribution, which looks at its arguments
+        if bad := not_finite(guide.state_dict()):
+            raise NonFiniteError(
+                "there is no draw, and so no probability of any row: NaN or infinity in the posterior's weights at "
+                f"{', '.join(bad[:8])}; fit it again"
+            ) from error
+        raise
     finally:
         guide.turn = None
 

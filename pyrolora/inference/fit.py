@@ -17,8 +17,9 @@ from pyrolora.inference import processes
 from pyrolora.inference.elbo import Objective
 from pyrolora.inference.noise import verdict
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.predict import NonFiniteError, not_finite
 from pyrolora.inference.randomness import isolated, spawn
-from pyrolora.inference.trainer import ELBOTrainer, NonFiniteError, last_checkpoint
+from pyrolora.inference.trainer import ELBOTrainer, last_checkpoint
 from pyrolora.program import PyroLoRA, evaluating
 
 logger = logging.getLogger("pyrolora")
@@ -89,6 +90,8 @@ def fit(
             arguments leave alone.
     """
     train = _training_split(program, train)
+    if bad := not_finite({name: latent.start for name, latent in program.latents.items()}):
+        raise NonFiniteError(f"the fit would start from NaN or infinity at {', '.join(bad[:5])}; load the adapter anew")
     args = _own(args or default_arguments(), program)
     if validation is None and program.task is not None and args.eval_strategy != "no":
         validation = program.task.validation
@@ -132,7 +135,7 @@ def _fit_part(
 
 def _check_finite(guide: Guide) -> None:
     """The last update, or what follows the training, may leave NaN that no further step would notice."""
-    if bad := [name for name, value in guide.state_dict().items() if not torch.isfinite(value).all()]:
+    if bad := not_finite(guide.state_dict()):
         raise NonFiniteError(
             f"after the last step {', '.join(bad[:5])} of {type(guide).__name__} is not finite; nothing is saved. "
             "Lower the learning rate, check the base model's weights, or widen the prior."

@@ -1,4 +1,13 @@
-"""Several processes on one fit (``torchrun``, ``accelerate launch``): which of them writes, and their noise."""
+"""Several processes on one fit (``torchrun``, ``accelerate launch``): which of them writes, and their noise.
+
+Two processes, on accelerators or on a CPU alike:
+
+    torchrun --nproc-per-node 2 -m pyrolora.cli fit recipe.yaml
+    accelerate launch --multi_gpu --num_processes 2 -m pyrolora.cli fit recipe.yaml
+
+``accelerate launch --cpu --num_processes 2`` starts one process, which is no error of accelerate's: with ``--cpu`` it
+leaves the rest to MPI. ``--multi_gpu`` is its name for torchrun, and needs no GPU.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pyrolora.adapters.shards import is_sharded
 from pyrolora.inference import processes
-from pyrolora.inference.archive import describe, replacing
+from pyrolora.inference.archive import describe, replacing, writing
 from pyrolora.inference.posterior import Posterior
 from pyrolora.tasks.data import DataError
 
@@ -55,6 +55,7 @@ def predict_to_parquet(
     Raises:
         ValueError: No rows, a block of less than one row, a posterior without a task, or over a base in shards.
         DataError: A bad row; the parts before it are there.
+        ArchiveError: The folder cannot be written to, or the disk is full; so too.
     """
     if posterior.program.task is None:
         raise ValueError("prediction needs the program's task for its columns: from_pretrained(..., task=task)")
@@ -65,7 +66,8 @@ def predict_to_parquet(
     if len(rows) == 0:
         raise ValueError("the data set is empty")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(rows), block_size)
     paths = [folder / f"part-{i:05d}.parquet" for i in range(len(starts))]
     rank, count = processes.launched()

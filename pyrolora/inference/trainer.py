@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -15,12 +16,12 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from pyrolora.guides.base import Step
 from pyrolora.inference import processes
 from pyrolora.inference.elbo import Objective, Terms
+from pyrolora.inference.predict import NonFiniteError
 from pyrolora.inference.randomness import isolated
 from pyrolora.tasks.text import TextTask
 
-
-class NonFiniteError(RuntimeError):
-    """The objective or a gradient is NaN or infinite; the message names the step, the rows and the sites."""
+# How `accelerate launch --use_fsdp` and `--use_deepspeed` tell accelerate, past the training arguments.
+LAUNCHER_FLAGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 class ELBOTrainer(Trainer):
@@ -40,7 +41,7 @@ class ELBOTrainer(Trainer):
                 f"weight_decay={args.weight_decay} is a Normal prior in disguise. Declare it instead: "
                 "priors.Normal(scale) on the sites that should shrink."
             )
-        if args.fsdp or args.deepspeed:
+        if args.fsdp or args.deepspeed or any(parse_flag_from_env(flag) for flag in LAUNCHER_FLAGS):
             raise ValueError(
                 "fsdp and deepspeed shard what is trained, which here is small, and would gather it over the draws. To "
                 "share the frozen base between processes leave them out, and call pyrolora.shard(program) before fit."

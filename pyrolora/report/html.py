@@ -34,6 +34,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from pyrolora.inference.archive import replacing
 from pyrolora.report import cards, figures, tables
 from pyrolora.report.plots import reliability_png
 from pyrolora.report.summary import by_method, reported_split, sentences, show
@@ -51,9 +52,11 @@ def write_report(results: Mapping[str, Any], path: Path) -> Path:
 
     Raises:
         ValueError: `results["format"]` is not the one that this version reads.
+        ArchiveError: The file cannot be written, or the disk is full.
     """
     path = Path(path)
-    path.write_text(render(results), encoding="utf-8")
+    with replacing(path) as new:
+        new.write_text(render(results), encoding="utf-8")
     return path
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pyrolora.inference.archive import replacing
 from pyrolora.report.svg import SERIES, Axes, bar, finite, line, picture, text, told, vertical
 
 Curve = Mapping[str, Sequence[Any]]
@@ -183,7 +184,8 @@ def reliability_png(curves: Mapping[str, Curve], path: Path) -> Path:
             axes.spines[["top", "right"]].set_visible(False)
     grid[0, 0].set_ylabel("accuracy")
     grid[1, 0].set_ylabel("count")
-    figure.savefig(path, dpi=160)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=160, format="png")
     return path
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from pyrolora.cli import main
+from tests.programs import sentences
+from tests.recipes import write_recipe, write_rows
 from tests.terminal import Captured
 
 
@@ -43,3 +45,16 @@ def test_what_failed_is_said_at_the_end(recipe: Path, tmp_path: Path, capsys: Ca
     assert "1 failed; called again, only these are tried anew:" in printed.err
     assert "TFB-seed0: TFB: B of a layer is zero" in printed.err
     assert "report.html" in printed.out and "MAP" in (tmp_path / "report.html").read_text()
+
+
+def test_one_row_of_everything(tmp_path: Path, capsys: Captured) -> None:
+    """Law: a comparison on validation and test splits of one row, over two seeds, ends in a table and a report."""
+    path = write_recipe(tmp_path / "recipe")
+    for split in ("validation", "test", "far"):
+        write_rows(path.with_name(f"{split}.jsonl"), list(sentences(1)))
+    main(["compare", str(path), "--guides", "MAP", "--seeds", "2", "--output", str(tmp_path / "out")])
+    assert "MAP − LoRA" in capsys.readouterr().out and (tmp_path / "out" / "report.html").is_file()
+    write_rows(path.with_name("train.jsonl"), list(sentences(1)))
+    with pytest.raises(SystemExit):
+        main(["compare", str(path), "--guides", "MAP", "--seeds", "1", "--output", str(tmp_path / "other")])
+    assert "classification needs two classes or more" in capsys.readouterr().err

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import json
 import os
+import random
 import resource
+import shutil
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,7 @@ from pyrolora.inference.archive import (
     read_meta,
     read_state,
     rebuild,
+    replacing_all,
     sealed,
     write,
     write_json,
@@ -304,34 +309,133 @@ def test_a_full_disk_leaves_the_old_posterior(folder, room):
     assert not list((folder / "new").iterdir())
 
 
+def in_a_child(action: Callable[[], object]) -> int:
+    """Starts an action in another process, which ends with it."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            action()
+        os._exit(0)
+    return child
+
+
+def write_seed(folder: Path, seed: int, size: int = 50_000) -> None:
+    """A posterior whose every number is its seed."""
+    state = {name: torch.full((size,), float(seed)) for name in "abc"}
+    write(folder, state=state, meta={**META, "seed": seed}, adapter=LoraConfig(r=seed + 1, target_modules=["query"]))
+
+
+def whole_seed(folder: Path) -> int:
+    """The seed of the one posterior that a folder is read as; nothing of another is in it."""
+    meta, state, adapter = read_meta(folder), read_state(folder), read_adapter(folder)
+    values = torch.cat([value.double().flatten() for value in state.values()])
+    assert torch.equal(values, torch.full_like(values, meta["seed"])) and adapter.r == meta["seed"] + 1
+    return meta["seed"]
+
+
 def test_killed_while_writing(folder):
-    """Law: after a SIGKILL at any moment of writing, what loads is one whole posterior, and a mixture is refused."""
-    outcomes = set()
-    for attempt in range(24):
-        before = (folder / "posterior.json").stat().st_mtime_ns
-        child = os.fork()
-        if child == 0:  # writes posteriors whose every number is their seed, until it is killed
-            for seed in range(10**9):
-                state = {name: torch.full((50_000,), float(seed)) for name in "abc"}
-                write(folder, state=state, meta={**META, "seed": seed}, adapter=ADAPTER)
-        while (folder / "posterior.json").stat().st_mtime_ns == before:
+    """Law: after a SIGKILL at any moment of overwriting, every time the folder reads as the old or the new posterior,
+    which never goes back; writing again leaves those three files and nothing of the killed."""
+    dice, last = random.Random(0), 0
+    write_seed(folder, 0)
+    for _ in range(20):
+        child = in_a_child(lambda: [write_seed(folder, seed) for seed in range(last + 1, 10**9)])  # noqa: B023
+        begun = time.monotonic()
+        while whole_seed_of_meta(folder) == last and time.monotonic() - begun < 60:
             time.sleep(0.001)
-        time.sleep(0.0037 * attempt)
+        time.sleep(0.05 * dice.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        try:
-            meta, state = read_meta(folder), read_state(folder)
-        except ArchiveError as error:
-            outcomes.add("refused")
-            assert "not the file that posterior.json belongs to" in str(error)
-        else:
-            outcomes.add("read")
-            values = torch.cat([value.double().flatten() for value in state.values()])
-            assert torch.equal(values, torch.full_like(values, meta["seed"]))
-    assert "read" in outcomes
+        assert whole_seed(folder) >= last
+        last = whole_seed(folder)
+    assert last >= 10
     write(folder, state=STATE, meta=META, adapter=ADAPTER)
-    # Of the killed nothing stays but, at worst, the temporary file of safetensors itself.
-    assert {path.name for path in folder.iterdir() if not path.name.startswith(".tmp")} == set(FILES)
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+
+
+def whole_seed_of_meta(folder: Path) -> int:
+    """As of what stands in its place, while another process writes."""
+    return json.loads((folder / "posterior.json").read_text())["seed"]
+
+
+def test_killed_between_any_two_steps(tmp_path):
+    """Law: killed before the n-th call of open, mkdir, rename, unlink or fsync, for all n, a write leaves the old
+    posterior or the new one; and so does the write after it, killed in the same way while it goes on from there."""
+    before, after = [], []
+    for n in itertools.count():
+        folder = tmp_path / str(n)
+        write_seed(folder, 1, 10)
+        status = killed_at(n, lambda: write_seed(folder, 2, 10))  # noqa: B023 - called at once
+        before.append(whole_seed(folder))
+        if os.WIFEXITED(status):
+            break
+        killed_at(7 * n % 31, lambda: write_seed(folder, 3, 10))  # noqa: B023 - called at once
+        assert whole_seed(folder) in (before[-1], 3)
+        after.append(whole_seed(folder))
+    assert before == sorted(before) and set(before) == {1, 2} and set(after) == {1, 2, 3}
+
+
+def killed_at(step: int, action: Callable[[], object]) -> int:
+    """The exit status of a process that is killed before one of its calls that change files, counted from 0."""
+
+    def count(event: str, arguments: tuple) -> None:
+        nonlocal step
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            if step == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            step -= 1
+
+    child = in_a_child(lambda: (sys.addaudithook(count), action()))
+    return os.waitpid(child, 0)[1]
+
+
+def test_an_unfinished_stage_is_not_read(folder):
+    """Law: new files that are not whole, or not those of their posterior.json, change nothing that is read."""
+    stage = folder / ".new"
+    write(folder.parent / "other", state={"x": torch.ones(3)}, meta={**META, "seed": 7}, adapter=ADAPTER)
+    shutil.copytree(folder.parent / "other", stage)
+    assert read_meta(folder)["seed"] == 7  # whole: the write was killed before its first move
+    for name in FILES:
+        content = (stage / name).read_bytes()
+        (stage / name).write_bytes(content[:-9])
+        assert read_meta(folder)["seed"] == 0 and read_state(folder).keys() == STATE.keys()
+        (stage / name).write_bytes(content)
+    (stage / "posterior.json").unlink()
+    assert read_meta(folder)["seed"] == 0 and read_adapter(folder).r == 3
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_renamed_file_is_shown(folder, name):
+    """Law: where a file has another name, the error says which is missing and which are there."""
+    (folder / name).rename(folder / f"my-{name}")
+    with pytest.raises(ArchiveError, match=rf"{name} does not exist.*names that they were given.*my-{name}"):
+        (read_meta(folder), read_state(folder), read_adapter(folder))
+
+
+def test_files_of_a_folder_are_replaced_together(tmp_path):
+    """Law: what a block writes takes its place when the block ends, last the file that was named; where it raises,
+    the folder is as it was."""
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing_all(tmp_path, last="a") as new:
+        (new / "a").write_text("new")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+    with replacing_all(tmp_path, last="a") as new:
+        (new / "a").write_text("new")
+        (new / "b").write_text("new")
+    assert (tmp_path / "b").stat().st_ctime_ns <= (tmp_path / "a").stat().st_ctime_ns
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"] and (tmp_path / "a").read_text() == "new"
+
+
+def test_nesting_without_bottom_is_refused(folder):
+    """Law: JSON that Python can read, but that is deeper than any posterior, is an error that says so."""
+    deep: object = 1
+    for _ in range(300):
+        deep = {"class": "guides.Ensemble", "init": {"guide": deep}}
+    meta = json.loads((folder / "posterior.json").read_text())
+    (folder / "posterior.json").write_text(json.dumps({**meta, "guide": deep}))
+    with pytest.raises(ArchiveError, match=r"posterior\.json cannot be read: it is nested more than 50 levels"):
+        read_meta(folder)
 
 
 @pytest.mark.parametrize("header", [2**63 - 1, 2**32, 0, 2**20])
@@ -483,7 +587,7 @@ def test_other_formats(folder, version):
         read_meta(folder)
 
 
-@pytest.mark.parametrize("field", [*META, "sha256"])
+@pytest.mark.parametrize("field", [*META, "sha256", "adapter_sha256"])
 @pytest.mark.parametrize("value", [None, object])
 def test_missing_and_mistyped_fields(folder, field, value):
     """Law: a field that is missing or of another type is named before anything is built from the file."""

@@ -21,8 +21,8 @@ from transformers import Trainer, TrainingArguments
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.fit import default_arguments, fit
+from pyrolora.inference.predict import NonFiniteError
 from pyrolora.inference.randomness import isolated
-from pyrolora.inference.trainer import NonFiniteError
 from pyrolora.priors.flat import Flat
 from pyrolora.program import PyroLoRA
 from pyrolora.tasks.sequence_classification import SequenceClassification
