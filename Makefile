@@ -17,6 +17,12 @@ $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
 	touch $@
 
+# The peers, as pyproject.toml lists them and constraints.txt pins them; why without dependencies is said there.
+$(VENV)/.benchmark: $(VENV)/.test
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['benchmark'], sep='\n')" > $@.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --requirement $@.txt
+	touch $@
+
 # Fits plain LoRA, MAP and mean field on the embedded task, and writes runs/demo/report.html.
 demo: $(VENV)/.demo
 	$(BIN)/pyrolora compare models/minilm-commonsense.yaml --guides MAP MeanField --seeds 1 --output runs/demo
@@ -29,7 +35,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
 
 # Costs as ratios to plain PEFT LoRA, and how they grow; runs/benchmark/table.md. About half an hour.
-benchmark: $(VENV)/.test
+benchmark: $(VENV)/.benchmark
 	$(BIN)/python tests/benchmarks/benchmark.py --output runs/benchmark
 
 clean:

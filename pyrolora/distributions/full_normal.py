@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints, register_kl
 from torch.types import _size
 
-from pyrolora.distributions.matrix_normal import MatrixNormal
+from pyrolora.distributions.matrix_normal import MatrixNormal, check_regular
 
 
 class FullMatrixNormal(TorchDistribution):
@@ -20,6 +20,10 @@ class FullMatrixNormal(TorchDistribution):
     Args:
         loc: Mean ``M``.
         scale_tril: Lower Cholesky factor ``L``.
+        validate_args: As for every torch distribution; checks that the factor is not singular.
+
+    Raises:
+        ValueError: A factor of another size, or, where arguments are validated, a singular one.
     """
 
     arg_constraints = {}  # noqa: RUF012 - torch's own convention
@@ -36,6 +40,8 @@ class FullMatrixNormal(TorchDistribution):
         self.loc = loc
         self.flat = dist.MultivariateNormal(loc.flatten(-2), scale_tril=scale_tril, validate_args=False)
         super().__init__(self.flat.batch_shape, loc.shape[-2:], validate_args=validate_args)
+        if self._validate_args:
+            check_regular("FullMatrixNormal", "scale_tril", scale_tril)
 
     @property
     def mean(self) -> Tensor:

@@ -176,9 +176,10 @@ class InducedMatrixNormal(TorchDistribution):
         if self.noise is None:
             near = (rest.abs() <= 1e-4 * (1 + self._explain(self.white).abs())).flatten(-2).all(-1)
             return torch.where(near, 0.0, -math.inf)
-        row_basis, row_part = _spectrum(self.row, rest.shape[-2], rest)
-        column_basis, column_part = _spectrum(self.column, rest.shape[-1], rest)
-        left = 1 - row_part.unsqueeze(-1) * column_part.unsqueeze(-2)
+        row_basis, row_left = _spectrum(self.row, rest.shape[-2], rest)
+        column_basis, column_left = _spectrum(self.column, rest.shape[-1], rest)
+        # 1 − p_r p_c without a difference, which rounds to nothing where the inducing variables explain nearly all.
+        left = row_left.unsqueeze(-1) + (1 - row_left).unsqueeze(-1) * column_left.unsqueeze(-2)
         inside = row_basis.mT @ rest @ column_basis
         squared = rest.square().sum((-2, -1)) + ((1 / left - 1) * inside.square()).sum((-2, -1))
         size = self.event_shape.numel()
@@ -220,9 +221,10 @@ def _cholesky(matrix: Tensor, where: str) -> Tensor:
 
 
 def _spectrum(side: Side | None, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal basis and eigenvalues of ``P = R Rᵀ`` on its range; the identity on an exact side."""
+    """Orthonormal basis of the range of ``P = R Rᵀ``, and its eigenvalues' distance from 1; none on an exact side."""
     if side is None:
-        return torch.eye(size, dtype=like.dtype, device=like.device), like.new_ones(size)
-    values, vectors = torch.linalg.eigh(side.map.mT @ side.map)
-    values = values.clamp(min=torch.finfo(values.dtype).tiny)
-    return side.map @ vectors / values.sqrt().unsqueeze(-2), values
+        return torch.eye(size, dtype=like.dtype, device=like.device), like.new_zeros(size)
+    _, vectors = torch.linalg.eigh(side.map.mT @ side.map)
+    basis, tiny = side.map @ vectors, torch.finfo(vectors.dtype).tiny
+    norms = basis.square().sum(-2, keepdim=True).clamp(min=tiny).sqrt()
+    return basis / norms, (side.remainder.mT @ vectors).square().sum(-2).clamp(min=tiny)

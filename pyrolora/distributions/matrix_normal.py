@@ -25,7 +25,10 @@ class MatrixNormal(TorchDistribution):
         loc: Mean ``M``.
         row_scale_tril: Lower Cholesky factor ``L_r`` of the covariance between rows.
         column_scale_tril: Lower Cholesky factor ``L_c`` of the covariance between columns.
-        validate_args: As for every torch distribution.
+        validate_args: As for every torch distribution; checks that no factor is singular.
+
+    Raises:
+        ValueError: Factors of another size, or, where arguments are validated, a singular one.
 
     Source: Gupta & Nagar 1999, Matrix Variate Distributions, theorem 2.2.1 and section 2.3.
     """
@@ -54,6 +57,9 @@ class MatrixNormal(TorchDistribution):
         self.row_scale_tril = row_scale_tril
         self.column_scale_tril = column_scale_tril
         super().__init__(batch, torch.Size((rows, columns)), validate_args=validate_args)
+        if self._validate_args:
+            check_regular("MatrixNormal", "row_scale_tril", row_scale_tril)
+            check_regular("MatrixNormal", "column_scale_tril", column_scale_tril)
 
     @property
     def mean(self) -> Tensor:
@@ -104,6 +110,23 @@ class MatrixNormal(TorchDistribution):
 def log_det_tril(factor: Tensor | None) -> Tensor:
     """``log|L|`` of a lower-triangular factor; zero for the identity."""
     return torch.zeros(()) if factor is None else factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def check_regular(where: str, name: str, factor: Tensor | None) -> None:
+    """Stops at a lower-triangular factor without an inverse: log densities would be NaN and divergences infinite.
+
+    Raises:
+        ValueError: An entry of the diagonal that is not a positive number.
+    """
+    if factor is None:
+        return
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    if not bool((diagonal > 0).all()):
+        raise ValueError(
+            f"{where}: {name} is singular: its diagonal holds {float(diagonal[~(diagonal > 0)][0]):.3g}, where only "
+            "positive numbers have a density. Give a Cholesky factor of a positive definite matrix; a learnt one has "
+            "lost a direction to underflow: lower its learning rate"
+        )
 
 
 def row_variance(matrix: MatrixNormal) -> Tensor:

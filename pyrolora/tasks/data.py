@@ -177,8 +177,10 @@ def on_disk(path: Path, *, text_columns: Sequence[str] = ()) -> datasets.Dataset
         raise DataError(f"{path}: cannot read '{suffix}' files; use one of {', '.join(readers)} (.gz for text).")
     try:
         rows: datasets.Dataset = readers[suffix](str(path))
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        if "no data" in str(error):  # what `datasets` says of a header alone
+        rows.data.validate(full=True)  # Arrow's reader of JSON takes any bytes for text
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, StopIteration) as error:
+        # What `datasets` says of a header alone, and what its reader of JSON does at an empty file.
+        if "no data" in str(error) or isinstance(error, StopIteration):
             raise DataError(f"{path}: no rows.") from error
         raise DataError(f"{path}: damaged, or no {suffix} file in UTF-8: {error.__cause__ or error}") from error
     if len(rows) == 0:
@@ -270,9 +272,10 @@ def _read_csv(path: Path, separator: str, text_columns: Sequence[str]) -> Table:
     try:
         # keep_default_na: a text that reads "NA" or "None" is that text, not a hole.
         frame = pd.read_csv(path, sep=separator, dtype=dict.fromkeys(text_columns, str), keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        rows = datasets.Dataset.from_pandas(frame, preserve_index=False)
+    except (ValueError, OverflowError) as error:  # among them pandas' and Arrow's own, and a NUL in a column's name
         raise DataError(f"{path}: cannot be read as delimited text: {error}") from error
-    return Table(str(path), datasets.Dataset.from_pandas(frame, preserve_index=False))
+    return Table(str(path), rows)
 
 
 def stop_at(table: Table, problems: Iterable[Problem]) -> None:

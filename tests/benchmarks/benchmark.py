@@ -5,7 +5,8 @@ Run: make benchmark
      python tests/benchmarks/benchmark.py --table-only
 
 Times are ratios within interleaved rounds of one run; see the scripts for what each measures. The peers of Laplace are
-measured where they are installed: laplace_peers.py says how. On two cores all of it takes about half an hour.
+those of the extra `benchmark`, which `make benchmark` installs; what is not installed is said, and left out of the
+table. On two cores all of it takes about half an hour.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ class Part:
         arguments: For it.
         title: Of its rows.
         rows: From its JSON.
-        needs: A package that it cannot do without.
+        needs: Packages of which it measures those that are installed.
     """
 
     script: str
     arguments: tuple[str, ...]
     title: str
     rows: Callable[[Any], Iterator[Row]]
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
 
 
 def ratio(row: Mapping[str, float], name: str = "ratio") -> str:
@@ -82,6 +83,19 @@ def peers(found: Mapping[str, Any]) -> Iterator[Row]:
             for method, values in parts.get(part, {}).items() if base != "versions" else ():
                 middle = sorted(values)[len(values) // 2]
                 yield f"{base}: {method}, {part}, in {unit}", f"{middle:.2f} [{min(values):.2f}, {max(values):.2f}]", ""
+        for method, row in parts.get("memory", {}).items() if base != "versions" else ():
+            yield (
+                f"{base}: {method}, added memory of fit; of prediction",
+                f"{row['fit']:.0f}; {row['predict']:.0f} MB",
+                "",
+            )
+
+
+def overhead(found: Mapping[str, Any]) -> Iterator[Row]:
+    for width, row in found.items():
+        name = f"{row['sites']} sites, {row['layers']} layers, width {width.removeprefix('width ')}"
+        yield f"{name}: a step", ratio(row), ""
+        yield f"{name}: overhead, ms", f"{row['overhead']:.1f}", ""
 
 
 def stores(found: Mapping[str, Any]) -> Iterator[Row]:
@@ -114,11 +128,12 @@ PARTS = {
     "laplace-memory": Part("laplace_cost", ("--memory",), "Memory of Laplace, in an epoch of LoRA's", laplace_memory),
     "peers": Part(
         "laplace_peers",
-        ("fit", "predict", "--rows", "64", "--rounds", "2"),
+        ("fit", "predict", "memory", "--rows", "64", "--rounds", "2"),
         "Laplace beside its peers on the same adapter",
         peers,
-        needs="laplace",
+        needs=("laplace", "bayesian_lora"),
     ),
+    "pyro": Part("pyro_overhead", (), "Pyro's overhead at the sites of Llama-7B, in the same step by hand", overhead),
     "store": Part("store_time", ROUNDS, "Files and imports", stores),
     "scaling": Part("scaling", ROUNDS, "Growth: exponents", exponents),
 }
@@ -127,9 +142,10 @@ PARTS = {
 def measure(name: str, output: Path) -> None:
     """Runs one benchmark in a process of its own."""
     part = PARTS[name]
-    if part.needs and find_spec(part.needs) is None:
-        print(f"{name}: left out, {part.script}.py says what to install", flush=True)
-        return
+    if absent := [package for package in part.needs if find_spec(package) is None]:
+        print(f"{name}: NOT INSTALLED, and left out: {', '.join(absent)}. {part.script}.py says how to", flush=True)
+        if len(absent) == len(part.needs):
+            return
     path = (output / f"{name}.json").resolve()
     path.unlink(missing_ok=True)  # what a script would add to
     plot = ("--plot", str(path.with_suffix(".png"))) if name == "scaling" else ()

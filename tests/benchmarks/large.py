@@ -7,7 +7,7 @@ r = 8 on q, v and lm_head, four answer tokens, batches of 4 prompts of 300 token
 one PEFT adapter and take turns within a round, so that ratios are of the same minute; plain LoRA computes the logits
 of the answers alone, as all others do. A step is forward, backward and AdamW. Memory is the allocator's peak during a
 method's steps, base included; a CPU has none to report. Laplace's fit is in plain forward and backward passes over the
-same rows. Predictions are in plain forward passes of the same batch.
+same rows, its memory that of a step of plain LoRA. Predictions are in plain forward passes of the same batch.
 """
 
 from __future__ import annotations
@@ -130,15 +130,21 @@ class Bench:
             trained = self.adapters if plain else self.objectives[method].guide.parameters()
             self.optimisers[method] = torch.optim.AdamW(trained, lr=1e-4)
         self.peft.train()
-        if self.device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
+        self.forget_peak()
         times = []
         for _ in range(count + 1):
             start = self.clock()
             self.plain_step() if plain else self.own_step(method)
             times.append(self.clock() - start)
-        peak = torch.cuda.max_memory_allocated() if self.device != "cpu" else 0
-        return statistics.median(times[1:]), peak
+        return statistics.median(times[1:]), self.peak()
+
+    def forget_peak(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        """Bytes, since they were last forgotten; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated() if self.device != "cpu" else 0
 
     def own_step(self, method: str) -> None:
         objective, optimiser = self.objectives[method], self.optimisers[method]
@@ -181,10 +187,13 @@ def training(bench: Bench, rounds: int, steps: int) -> dict[str, Any]:
     return {"seconds": statistics.median(seconds), "gibibytes": peaks[PLAIN] / 2**30, "step": rows}
 
 
-def predicting(bench: Bench, rounds: int, draws: list[int]) -> dict[str, Any]:
-    """S draws of mean field, and a linearised Laplace prediction, in plain forward passes; Laplace's fit in epochs."""
+def predicting(bench: Bench, rounds: int, draws: list[int], plain_peak: float) -> dict[str, Any]:
+    """S draws of mean field, and a linearised Laplace prediction, in plain forward passes; Laplace's fit in epochs.
+
+    Memory is the peak of each, in that of plain LoRA's training.
+    """
     guide = bench.guide("MeanField")
-    runners = {f"{s} draws": Posterior(bench.program, guide)._runner(s, 0, 8) for s in draws}
+    runners = {f"{s} draws": Posterior(bench.program, guide).runner(s, chunk_size=8) for s in draws}
     laplace = Laplace(optimise=False, precision=1.0, batch_size=len(bench.batch["labels"]))
     laplace.bind(bench.program)
     works: dict[str, Callable[[], Any]] = {
@@ -192,16 +201,26 @@ def predicting(bench: Bench, rounds: int, draws: list[int]) -> dict[str, Any]:
         for name, runner in runners.items()
     }
     ratios: dict[str, list[float]] = {name: [] for name in (*works, "Laplace, fit", "Laplace, prediction")}
+    peaks: dict[str, int] = {}
+
+    def timed(name: str, run: Callable[[], Any]) -> float:
+        bench.forget_peak()
+        seconds = bench.timed(run)
+        peaks[name] = bench.peak()
+        return seconds
+
     for r in range(rounds + 1):
         forward = bench.timed(bench.plain_forward)
-        found = {name: bench.timed(run) / forward for name, run in works.items()}
+        found = {name: timed(name, run) / forward for name, run in works.items()}
         epoch = bench.timed(bench.plain_epoch)
+        fit, linearised = "Laplace, fit", "Laplace, prediction"
         with evaluating(bench.program.model):
-            found["Laplace, fit"] = bench.timed(lambda: work("fit", bench.program, laplace, bench.peft)) / epoch
-            found["Laplace, prediction"] = bench.timed(lambda: laplace.linearised(bench.program, bench.batch)) / forward
+            found[fit] = timed(fit, lambda: work("fit", bench.program, laplace, bench.peft)) / epoch
+            found[linearised] = timed(linearised, lambda: laplace.linearised(bench.program, bench.batch)) / forward
         for name, value in found.items() if r else ():
             ratios[name].append(value)
-    return {name: interval(values) for name, values in ratios.items()}
+    memory = {name: {"memory": peak / plain_peak} for name, peak in peaks.items() if peak}
+    return {name: {**interval(values), **memory.get(name, {})} for name, values in ratios.items()}
 
 
 def main() -> None:
@@ -221,7 +240,7 @@ def main() -> None:
     for shape in options.shapes:
         bench = Bench(shape, options.device, options.batch, options.length)
         found = training(bench, options.rounds, options.steps)
-        found["predict"] = predicting(bench, options.rounds, options.draws)
+        found["predict"] = predicting(bench, options.rounds, options.draws, found["gibibytes"] * 2**30)
         results[shape] = found
         print(f"{shape} on {name}: {found['seconds']:.3f} s a step of plain LoRA, {found['gibibytes']:.1f} GiB")
         for method, row in {**found["step"], **found["predict"]}.items():

@@ -1,6 +1,6 @@
 """Pyro's own cost a step at the sites of Llama-2-7B (all linear modules, r = 8), without a base model.
 
-Run: python tests/benchmarks/pyro_overhead.py
+Run: python tests/benchmarks/pyro_overhead.py --out pyro.json
 Times one step of the program's and the guide's sampling, placement, KL and backward, and beside it, interleaved, the
 same tensor operations written by hand; the difference is Pyro's overhead. Once with the sites, layers and modules of
 7B but narrow matrices, where arithmetic costs nothing and the overhead is all that one sees, and once at full width,
@@ -10,14 +10,18 @@ where 20 million random numbers a step dominate on a CPU.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pyro
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
+from step_time import interval
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -91,17 +95,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 4096])
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    for width in (32, 4096):
-        report(program(options.layers, width), width, options.rounds)
+    found = {
+        f"width {width}": report(program(options.layers, width), width, options.rounds) for width in options.widths
+    }
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=2))
 
 
-def report(made: PyroLoRA, width: int, rounds: int) -> None:
+def report(made: PyroLoRA, width: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a step and its overhead, after two rounds of warming up; their ratio, in the same round."""
     guide = MeanField(random="*")
     guide.bind(made)
     steps = {"pyro": pyro_step(made, guide), "by hand": by_hand(made, guide)}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    for _ in range(rounds + 2):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
@@ -114,6 +124,9 @@ def report(made: PyroLoRA, width: int, rounds: int) -> None:
         f"width {width}: {len(made.sites)} sites over {layers} layers, {numbers:,} random numbers: "
         f"{medians['pyro']:.1f} ms a step, {medians['by hand']:.1f} ms by hand, overhead {difference:.1f} ms"
     )
+    ratios = [a / b for a, b in zip(times["pyro"][2:], times["by hand"][2:], strict=True)]
+    about = {"sites": len(made.sites), "layers": layers, "numbers": numbers}
+    return {**about, **medians, "overhead": difference, **interval(ratios)}
 
 
 if __name__ == "__main__":

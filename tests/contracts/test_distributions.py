@@ -181,7 +181,12 @@ def test_thousands_of_layers_are_each_their_own(n: Numbers) -> None:
         few, _ = family(n)
         q = few(torch.float32)
         many = q.expand(torch.Size((4000 // n.layers, n.layers)))
-        value = q.mean + n.scale
+        value, zeros = q.mean + n.scale, torch.zeros(n.rows, n.columns)
+        own = MatrixNormal(zeros, n.scale * torch.eye(n.rows))
+        p: Any = own if family is matrix_normal else dist.Normal(zeros, n.scale).to_event(2)
+        divergences = kl_divergence(many, p)
+        assert divergences.numel() >= 3999 and torch.isfinite(divergences).all()
+        torch.testing.assert_close(divergences, kl_divergence(q, p).expand_as(divergences))
         assert torch.isfinite(many.log_prob(value)).all()
         torch.testing.assert_close(many.log_prob(value)[-1], q.log_prob(value))
         assert many.log_prob(value).numel() >= 3999

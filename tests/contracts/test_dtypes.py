@@ -80,3 +80,24 @@ def test_fit_save_and_load(name: str, dtype: torch.dtype, tmp_path: Path) -> Non
     loaded = Posterior.from_pretrained(tmp_path / "posterior", tiny_bert().to(dtype), task=sentence_task())
     mine, its = (each.predict(sentence_task().test, 3).log_mean for each in (posterior, loaded))
     assert torch.isfinite(mine).all() and torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("name", CONCRETE)
+def test_a_guide_under_autocast(name: str) -> None:
+    """Law: in the block that the Trainer's ``bf16`` makes, a step's divergences are float32's to 1e-4, its objective is
+    to the round-off of bfloat16, and its gradients are finite and float32."""
+    posterior = moved(getattr(guides, name)(), torch.float32)
+    objective = Objective(posterior.program, posterior.guide)
+    parameters = list(posterior.guide.parameters())
+    losses, divergences = [], []
+    for automatic in (False, True):
+        with isolated(5), torch.autocast("cpu", torch.bfloat16, enabled=automatic):
+            loss = objective(sentence_task().collate(list(sentence_task().test)))
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        assert all(g is None or (g.dtype == torch.float32 and torch.isfinite(g).all()) for g in gradients)
+        assert objective.elbo.terms is not None
+        losses.append(loss.detach())
+        divergences.append(objective.elbo.terms.kl)
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=TOLERANCE[torch.bfloat16])
+    for site, value in divergences[0].items():
+        torch.testing.assert_close(divergences[1][site].float(), value, rtol=1e-4, atol=1e-4)

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
+from pyrolora.cli import main
 from pyrolora.guides.base import Guide
 from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
@@ -22,38 +24,35 @@ from pyrolora.guides.sgld import SGLD
 from pyrolora.inference import processes
 from pyrolora.inference.elbo import Objective
 from pyrolora.inference.fit import fit
+from pyrolora.inference.predict import NonFiniteError
 from pyrolora.inference.randomness import isolated, spawn
-from pyrolora.inference.trainer import NonFiniteError
+from pyrolora.inference.stream import predict_to_parquet
 from tests.programs import sentence_task, tiny_program
+from tests.recipes import write_recipe
 
 ROOT = Path(__file__).parents[2]
 GUIDES: tuple[Guide, ...] = (MAP(), MeanField(), Laplace(precision=1.0, structure="diagonal"), SGLD(size=2, cycles=1))
 NAMES = [type(guide).__name__ for guide in GUIDES]
+SEEDS = range(16)
 
 
 def work(out: Path, batch_size: int) -> None:
     """What one process does, alone or among several: fits, and what is left of them in files of its own."""
-    evaluate, noises = Objective.forward, []
-
-    def watched(self: Objective, batch: Any) -> torch.Tensor:
-        noises.append(float(torch.get_rng_state().double().sum()))
-        return evaluate(self, batch)
+    evaluate = Objective.forward
 
     def spoilt(self: Objective, batch: Any) -> torch.Tensor:
         return evaluate(self, batch) * (float("nan") if processes.rank() == 1 else 1.0)
 
-    record: dict[str, Any] = {"logs": {}, "noises": {}}
+    record: dict[str, Any] = {"logs": {}}
     tensors = {}
-    Objective.forward = watched  # type: ignore[method-assign]
     try:
         for name, guide in zip(NAMES, GUIDES, strict=True):
-            noises.clear()
             posterior = fit(tiny_program(), guide, args=arguments(out / "run" / name, batch_size))
             posterior.save_pretrained(out / name)
             record["logs"][name] = [row for row in posterior.history if "elbo" in row]
-            record["noises"][name] = list(noises)
             tensors |= {f"{name}/{key}": value.clone() for key, value in posterior.guide.state_dict().items()}
             tensors[f"{name}/prediction"] = posterior.predict(sentence_task().test, 3).log_mean
+        record["first"], tensors["noise"] = first_steps(out, batch_size)
         if processes.count() > 1:
             Objective.forward = spoilt  # type: ignore[method-assign]
             with pytest.raises(NonFiniteError) as error:
@@ -65,10 +64,77 @@ def work(out: Path, batch_size: int) -> None:
     (out / f"rank{processes.rank()}.json").write_text(json.dumps({**record, "count": processes.count()}))
 
 
-def arguments(folder: Path, batch_size: int) -> TrainingArguments:
+def first_steps(out: Path, batch_size: int) -> tuple[list[dict[str, float]], torch.Tensor]:
+    """The logged terms of mean field's first step with one seed after another, and each step's standardised draws."""
+    rows, noise, program = [], [], tiny_program()
+    draws: list[torch.Tensor] = []
+    sample = MeanField.forward
+
+    def watched(self: MeanField, batch: Any = None) -> dict[str, torch.Tensor]:
+        values = sample(self, batch)
+        white = [
+            (values[name] - self.loc[name.replace(".", "/")]) / self.log_scale[name.replace(".", "/")].exp()
+            for name in ("lora.query.A", "lora.value.A")
+        ]
+        draws.append(torch.cat([each.detach().flatten() for each in white]))
+        return values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MeanField, "forward", watched)
+        for seed in SEEDS:
+            options = arguments(out / "first", batch_size, max_steps=1, seed=seed)
+            history = fit(program, MeanField(random="*", init_scale=0.25), args=options).history
+            noise.append(draws[0])  # those that follow describe the fit, from draws that are the same everywhere
+            draws.clear()
+            rows.append({name: history[0][name] for name in ("data", "kl", "log_prior")})
+    return rows, torch.stack(noise)
+
+
+def again(out: Path, recipe: Path, batch_size: int) -> None:
+    """A fit of `work` once more, in other processes, and the command line's fit and predictions into a folder."""
+    guide = GUIDES[NAMES.index("MeanField")]
+    posterior = fit(tiny_program(), guide, args=arguments(out / "run", batch_size))
+    tensors = {f"MeanField/{name}": value.clone() for name, value in posterior.guide.state_dict().items()}
+    tensors["MeanField/prediction"] = posterior.predict(sentence_task().test, 3).log_mean
+    save_file(tensors, out / f"again{processes.rank()}.safetensors")
+    command_line(out, recipe, batch_size)
+
+
+def command_line(out: Path, recipe: Path, batch_size: int) -> None:
+    training = ["--training.per_device_train_batch_size", str(batch_size), "--training.learning_rate", "0.01"]
+    main(["fit", str(recipe), "--guide", "MAP", "--output", str(out / "fitted"), *training])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(predict_to_parquet.__kwdefaults__, "block_size", 5)  # else these few rows are one part
+        main(["predict", str(out / "fitted"), str(recipe.parent / "test.jsonl"), "--output", str(out / "parts")])
+
+
+def arguments(folder: Path, batch_size: int, **changes: Any) -> TrainingArguments:
     chosen: dict = {"max_steps": 4, "learning_rate": 1e-2, "disable_tqdm": True, "report_to": "none", "seed": 3}
     chosen |= {"save_strategy": "no", "logging_steps": 1, "use_cpu": True, "per_device_train_batch_size": batch_size}
+    chosen |= changes
     return TrainingArguments(output_dir=str(folder), **chosen)
+
+
+def launch(out: Path, task: str) -> None:
+    """Two processes under torchrun, each of which does a task of this module."""
+    script = out / "script.py"
+    script.write_text(f"import pathlib, tests.inference.test_processes as t; out = pathlib.Path({str(out)!r}); {task}")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of what one process and two other processes did: `again`."""
+    folder = tmp_path_factory.mktemp("again")
+    recipe = write_recipe(folder / "recipe")
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+    command_line(folder / "one", recipe, 8)
+    launch(folder / "two", f"t.again(out, pathlib.Path({str(recipe)!r}), 4)")
+    return folder / "one", folder / "two"
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +144,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any
     one, two = folder / "one", folder / "two"
     two.mkdir()
     work(one, 8)
-    script = two / "script.py"
-    script.write_text("import sys, pathlib, tests.inference.test_processes as t; t.work(pathlib.Path(sys.argv[1]), 4)")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, str(script), str(two)], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(two, "t.work(out, 4)")
     files = [one / "rank0", two / "rank0", two / "rank1"]
     records = [json.loads(file.with_suffix(".json").read_text()) for file in files]
     written = sorted(path.name for path in (two / "MAP").iterdir())
@@ -113,16 +174,65 @@ def test_all_processes_have_one_posterior(fitted) -> None:
     """Law: parameters, buffers, and predictions are the same bits in every process."""
     _, (_, first, second) = fitted
     assert first.keys() == second.keys()
-    different = [key for key in first if not torch.equal(first[key], second[key])]
+    different = [key for key in first if key != "noise" and not torch.equal(first[key], second[key])]
     assert not different
 
 
 @pytest.mark.slow
 def test_noise_is_each_processes_own(fitted) -> None:
-    """Law: at each step the random states of the forward pass differ between processes and steps."""
-    (_, first, second), _ = fitted
-    for name in NAMES:
-        assert len({*first["noises"][name], *second["noises"][name]}) == 8
+    """Law: the draws of two processes in one step are uncorrelated standard Normals, and so are those of two steps and
+    those that one process alone has; the correlation of n numbers is within 4/√n of zero."""
+    _, found = fitted
+    alone, first, second = (tensors["noise"] for tensors in found)
+    pairs = [(first, second), (alone, first), (alone, second)]
+    pairs += [(own[1:], other[:-1]) for own in (alone, first, second) for other in (alone, first, second)]
+    for own, other in pairs:
+        correlation = torch.corrcoef(torch.stack([own.flatten(), other.flatten()]))[0, 1]
+        assert abs(correlation) < 4 / own.numel() ** 0.5
+        for noise in (own, other):
+            assert abs(noise.mean()) < 4 / noise.numel() ** 0.5
+            assert abs(noise.square().mean() - 1) < 4 * (2 / noise.numel()) ** 0.5
+
+
+@pytest.mark.slow
+def test_the_objective_with_noise_is_the_same_in_expectation(fitted) -> None:
+    """Law: at mean field's first step the KL is that of one process, and the data term, with each process's noise, has
+    that of one process with the same rows as its mean: over seeds the difference is within four standard errors of
+    zero, of which ten are less than the term itself."""
+    (one, two, _), _ = fitted
+    for mine, theirs in zip(two["first"], one["first"], strict=True):
+        assert mine["kl"] == pytest.approx(theirs["kl"], rel=1e-6)
+        assert mine["log_prior"] == pytest.approx(theirs["log_prior"], rel=1e-6, abs=1e-6)
+    data = [torch.tensor([row["data"] for row in record["first"]]) for record in (one, two)]
+    difference = data[1] - data[0]
+    error = difference.std() / len(difference) ** 0.5
+    assert 0 < 10 * error < data[0].mean().abs()
+    assert abs(difference.mean()) < 4 * error
+
+
+@pytest.mark.slow
+def test_two_runs_are_the_same_bits(fitted, second) -> None:
+    """Law: two processes started again, beside other work, fit and predict to the bit what they did."""
+    before = fitted[1][1]
+    for rank in range(2):
+        tensors = load_file(second[1] / f"again{rank}.safetensors")
+        assert len(tensors) > 2
+        assert not [name for name, value in tensors.items() if not torch.equal(value, before[name])]
+
+
+@pytest.mark.slow
+def test_the_command_line_in_two_processes(second) -> None:
+    """Law: `fit` and `predict --output FOLDER` under torchrun write what they write alone: one posterior, whose steps
+    are those of the joint batch, and every part once, with the same rows and probabilities."""
+    alone, together = (load_file(folder / "fitted" / "posterior.safetensors") for folder in second)
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-3, atol=1e-5)
+    parts = [sorted(path.name for path in (folder / "parts").iterdir()) for folder in second]
+    assert parts[0] == parts[1] == [f"part-{i:05d}.parquet" for i in range(3)]
+    tables = [pd.read_parquet(folder / "parts") for folder in second]
+    pd.testing.assert_frame_equal(tables[1], tables[0], rtol=1e-3, atol=1e-5)
+    assert not list(second[1].rglob("*.new")) and len(tables[0]) == 12
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +110,36 @@ def test_no_part_is_left_over(posterior: Posterior, tmp_path: Path) -> None:
     predict_to_parquet(posterior, sentences(9, seed=5), tmp_path, 1, block_size=3)
     predict_to_parquet(posterior, sentences(9, seed=5), tmp_path, 1, block_size=5)
     assert list(parts_of(tmp_path)) == ["notes.txt", "part-00000.parquet", "part-00001.parquet"]
+
+
+def peak_growth(folder: Path) -> None:
+    """Prints by how many MB the process's largest memory grows from 2 blocks' predictions to 20 blocks'."""
+    rows = datasets.Dataset.from_parquet(str(folder / "rows.parquet"), cache_dir=str(folder / "cache"))
+    assert isinstance(rows, datasets.Dataset)
+    made = untrained(MeanField())
+    peaks = []
+    for blocks in (2, 20):
+        predict_to_parquet(made, rows.select(range(blocks * 10)), folder / str(blocks), 1, block_size=10)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peaks[1] - peaks[0])
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_one_block(tmp_path: Path) -> None:
+    """Law: ten times the rows in blocks of one size, each row 30 kB, take a process of its own at most 10 MB more at
+    its peak, most of it the file of the rows, which is mapped; in one block they take 50 MB more."""
+    texts = [f"{text} {'x' * 30_000}" for text in sentences(200, seed=5)["text"]]
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(str(tmp_path / "rows.parquet"))
+    script = f"import pathlib, tests.inference.test_stream as t; t.peak_growth(pathlib.Path({str(tmp_path)!r}))"
+    root = Path(__file__).parents[2]
+    # One arena that gives back what is freed, so that the peak is what was in use and not how it was cut up.
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    environment |= {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "20").iterdir())) == 20
+    assert float(done.stdout.split()[-1]) < 10
 
 
 def test_processes_share_the_parts(posterior: Posterior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,20 @@ def test_sharding_by_the_trainer_is_refused(tmp_path: Path) -> None:
             trainer(tmp_path, MAP(), **options)
 
 
+@pytest.mark.parametrize("flag", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharding_by_the_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    """Law: what `accelerate launch --use_fsdp` or `--use_deepspeed` leaves in the environment is refused likewise, and
+    the same flag set to false is not."""
+    program, args = tiny_program(), arguments(tmp_path, remove_unused_columns=False)
+    guide = MAP()
+    guide.bind(program)
+    monkeypatch.setenv(flag, "true")
+    with pytest.raises(ValueError, match=r"pyrolora.shard\(program\) before fit"):
+        ELBOTrainer(Objective(program, guide), args=args)
+    monkeypatch.setenv(flag, "false")
+    ELBOTrainer(Objective(program, guide), args=args)
+
+
 # -- optimiser -------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,83 @@
+"""The benchmarks run, on shapes so small that their figures say nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent
+
+
+def run(script: str, out: Path, *arguments: str) -> Any:
+    """What a benchmark writes as JSON."""
+    root = FOLDER.parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", str(FOLDER / f"{script}.py"), *arguments, "--out", str(out)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmark.py as a module."""
+    spec = importlib.util.spec_from_file_location("benchmark", FOLDER / "benchmark.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "benchmark", module)  # where its dataclass looks for its own names
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_large_shapes(tmp_path: Path) -> None:
+    """Law: for each shape there are seconds, and a ratio with its interval for every method's step and prediction."""
+    options = ("--shapes", "tiny", "tiny-moe", "--rounds", "1", "--steps", "1", "--length", "16", "--draws", "1", "2")
+    found = run("large", tmp_path / "large.json", *options)
+    assert found.keys() == {"device", "tiny", "tiny-moe"}
+    for shape in ("tiny", "tiny-moe"):
+        assert found[shape].keys() == {"seconds", "gibibytes", "step", "predict"} and found[shape]["seconds"] > 0
+        methods = {"plain LoRA", "MAP", "MeanField", "Inducing", "Inducing, factors", "BLoB", "InputAdaptive"}
+        assert found[shape]["step"].keys() == methods
+        assert found[shape]["predict"].keys() == {"1 draws", "2 draws", "Laplace, fit", "Laplace, prediction"}
+        for row in [*found[shape]["step"].values(), *found[shape]["predict"].values()]:
+            assert row.keys() == {"ratio", "low", "high"} and 0 < row["low"] <= row["ratio"] <= row["high"]
+
+
+@pytest.mark.slow
+def test_pyros_overhead(tmp_path: Path, suite: ModuleType) -> None:
+    """Law: the overhead is written for each width, and is rows of the suite's table."""
+    (tmp_path / "runs").mkdir()
+    found = run("pyro_overhead", tmp_path / "runs" / "pyro.json", "--layers", "2", "--widths", "32", "--rounds", "3")
+    assert found.keys() == {"width 32"} and found["width 32"]["sites"] == 14
+    table = suite.table(tmp_path / "runs")
+    assert "Pyro's overhead" in table and "| 14 sites, 2 layers, width 32: a step | " in table
+
+
+def test_every_part_has_its_script(suite: ModuleType) -> None:
+    """Law: each part of the suite names a script that is there, and time and memory of the peers are among them."""
+    assert all((FOLDER / f"{part.script}.py").is_file() for part in suite.PARTS.values())
+    assert {"fit", "predict", "memory"} <= set(suite.PARTS["peers"].arguments)
+
+
+def test_what_is_not_installed_is_said(
+    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Law: absent peers are named, and what is left is measured; without any nothing runs."""
+    ran: list[list[str]] = []
+    monkeypatch.setattr(suite.subprocess, "run", lambda command, **options: ran.append(command))
+    for absent, runs in (({"laplace", "bayesian_lora"}, 0), ({"bayesian_lora"}, 1), (set(), 1)):
+        ran.clear()
+        monkeypatch.setattr(suite, "find_spec", lambda name, absent=absent: None if name in absent else object())
+        suite.measure("peers", tmp_path)
+        said = capsys.readouterr().out
+        assert len(ran) == runs and all(name in said for name in absent)
+        assert ("NOT INSTALLED" in said) == bool(absent)
