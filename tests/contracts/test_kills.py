@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from tqdm import std
 from transformers import TrainingArguments
 
 from pyrolora.guides.mean_field import MeanField
@@ -27,6 +29,8 @@ def killed(action: Callable[[], object], progress: Callable[[], object], delay: 
     """Runs an action in another process, and kills it some time after it began to leave something on disk."""
     start, child = progress(), os.fork()
     if child == 0:
+        # That of the bars is shared with the parent, which would wait for ever for one that was killed with it.
+        std.tqdm.set_lock(threading.RLock())
         with contextlib.suppress(BaseException):
             action()
         os._exit(0)
