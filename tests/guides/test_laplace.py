@@ -228,11 +228,11 @@ def test_a_fixed_precision() -> None:
     assert all((b == 7.0).all() for name, b in guide.named_buffers() if name.startswith("precision"))
 
 
-def test_validation_chooses_what_predicts_it_best() -> None:
+def test_validation_chooses_what_predicts_it_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: no other factor on the evidence's λ has a smaller NLL on the validation split, by prediction itself."""
     program = tiny_program()
     assert program.task is not None and program.task.test is not None
-    program.task.validation = program.task.test
+    monkeypatch.setattr(program.task, "validation", program.task.test)  # of a task that other tests share
     arguments = default_arguments()
     arguments.max_steps = 20
     arguments.learning_rate = 1e-2
@@ -251,17 +251,17 @@ def test_validation_chooses_what_predicts_it_best() -> None:
     best = nll(chosen)
     assert best < nll(evidence) - 1e-3
     assert all(best <= nll(evidence, 10.0**e) + 1e-4 for e in (-3, -2, -1, -0.5, -0.25, 0.25, 0.5, 1, 2, 3))
-    program.task.validation = None
+    monkeypatch.setattr(program.task, "validation", None)
     with pytest.raises(ValueError, match="needs a validation split"):
         guide.tune(program, precision="val_nll")
 
 
 @pytest.mark.parametrize("validation", [True, False])
-def test_by_default_validation_decides_where_there_is_any(validation: bool) -> None:
+def test_by_default_validation_decides_where_there_is_any(validation: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: "auto" is "val_nll" for classes with a validation split, and "marglik" without one."""
     program = tiny_program()
     assert program.task is not None
-    program.task.validation = program.task.test if validation else None
+    monkeypatch.setattr(program.task, "validation", program.task.test if validation else None)
     guide: Any = fitted(program, rank=4, precision=Laplace().precision).guide
     chosen = precisions(guide)
     found = {}
