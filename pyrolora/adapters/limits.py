@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import math
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from pyrolora.adapters.sites import AdapterError
 
 _FREE = 10**8  # numbers that any machine bears, half a gigabyte of them
-_WAYS, _WAYS_OF_ALL, _NEVER = 10**5, 10**9, 10**30  # through one name, and through all, that take seconds
+_PATIENCE = 10.0  # seconds for all patterns of a file on all names of modules, which takes milliseconds
 _FACTORIES = frozenset(["empty", "zeros", "ones", "full", "rand", "randn", "eye", "arange", "linspace"])
 _SPELLINGS = ("{}", "new_{}", "{}_like")
 _NAMES = frozenset(spelling.format(name) for name in _FACTORIES for spelling in _SPELLINGS)
 _PLAIN = re.compile(r"(\.\*)?[\w.\-]*")
-_TOKEN = re.compile(
-    r"(?P<group>\((?!\?)|\(\?:|\(\?P<\w+>)|(?P<special>\(\?|\\\d)|(?P<end>\))|(?P<bar>\|)"
-    r"|(?P<perhaps>\?[?+]?)|(?P<repeat>(?:[*+]|\{\d*,?\d*\})[?+]?)|(?P<atom>\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.)",
-    re.DOTALL,
-)
+# What PEFT does with a pattern and a name (`target_modules`; ranks and scalings by name; `layers_pattern`). One that is
+# no regular expression is PEFT's to refuse.
+_MATCH = r"""
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for form in ("{}\\Z", r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."):
+        try:
+            compiled = re.compile(form.format(pattern))
+        except (re.error, OverflowError, RecursionError):
+            continue
+        for name in names:
+            compiled.match(name)
+"""
 
 
 @contextlib.contextmanager
@@ -66,43 +76,29 @@ class _Limit(TorchFunctionMode):
 def check_patterns(config: LoraConfig, model: nn.Module) -> None:
     """Refuses patterns that PEFT would not be done with matching: it takes names of modules for regular expressions.
 
-    Plain names pass, and so do expressions in which a repetition is of a single character or of a plain group
-    (``.*\\.layers\\.\\d+\\..*(q|v)_proj``) and which can go through the model's names in few enough ways.
+    Whether one is slow nobody can tell by looking at it: another process tries it on the names, and is stopped.
 
     Args:
         config: As a file gave it.
         model: The base model whose modules are matched.
 
     Raises:
-        AdapterError: A repetition within a repetition, look-around or back-references, or too many ways.
+        AdapterError: Patterns that take longer than ten seconds, or more of them than there are modules.
     """
     names = [name for name, _ in model.named_modules()]
-    longest = max(map(len, names))
     for field, patterns in _patterns(config).items():
         if len(patterns) > len(names):
             raise AdapterError(f"{field} has {len(patterns)} entries, the base model has {len(names)} modules")
         wild = [pattern for pattern in patterns if not _PLAIN.fullmatch(pattern)]
-        if sum(_ways(pattern, longest) for pattern in wild) > max(_WAYS, _WAYS_OF_ALL // len(names)):
+        if not wild:
+            continue
+        try:
+            command = [sys.executable, "-I", "-S", "-c", _MATCH]
+            subprocess.run(command, input=json.dumps([wild, names]), timeout=_PATIENCE, text=True, check=True)
+        except subprocess.TimeoutExpired:
             raise AdapterError(
-                f"{field}: matching {', '.join(wild)[:80]!r} may take for ever; name the modules, or repeat single "
-                "characters and plain groups only"
-            )
-
-
-def readable(config: LoraConfig, model: PeftModel, adapter: str) -> LoraConfig:
-    """The configuration to save: where `check_patterns` would refuse it, with names of modules for its patterns."""
-    base = model.get_base_model()
-    with contextlib.suppress(AdapterError):
-        check_patterns(config, base)
-        return config
-    tuner: Any = model.base_model
-    layers: dict[str, Any] = {name: base.get_submodule(name) for name in sorted(tuner.targeted_module_names)}
-    named = copy.copy(config)
-    named.target_modules, named.exclude_modules = [*layers], None
-    named.layers_to_transform, named.layers_pattern = None, None
-    named.rank_pattern = {name: layer.r[adapter] for name, layer in layers.items()}
-    named.alpha_pattern = {name: layer.lora_alpha[adapter] for name, layer in layers.items()}
-    return named
+                f"{field}: matching {', '.join(wild)[:80]!r} takes longer than {_PATIENCE:g} s; name the modules"
+            ) from None
 
 
 def _patterns(config: LoraConfig) -> dict[str, list[str]]:
@@ -114,36 +110,3 @@ def _patterns(config: LoraConfig) -> dict[str, list[str]]:
     found |= {name: [*(getattr(config, name) or {})] for name in ("rank_pattern", "alpha_pattern", "modules_to_save")}
     # Before those of more than one PEFT puts a repetition of its own.
     return {n: [str(p) if n in fields else f".*{p}" for p in patterns] for n, patterns in found.items()}
-
-
-def _ways(pattern: str, length: int) -> int:
-    """At most how many ways a matcher that backtracks can go through a text; endless where they may be exponential.
-
-    Each of q repetitions can end anywhere, ``C(length + q, q)``; each alternative and each ``?`` is a fork.
-    """
-    forks, repeats = 1, 0
-    open_groups: list[list[int]] = [[1, True]]  # alternatives, and whether a repetition of the group would be harmless
-    plain = False  # whether what stands before may be repeated
-    for token in _TOKEN.finditer(pattern):
-        kind, group = token.lastgroup, open_groups[-1]
-        if kind == "special":
-            return _NEVER
-        if kind == "group":
-            open_groups.append([1, True])
-        elif kind == "end":
-            if len(open_groups) == 1:
-                return _NEVER
-            alternatives, inside = open_groups.pop()
-            forks *= alternatives
-            plain = bool(inside) and alternatives == 1
-            open_groups[-1][1] &= plain
-        elif kind == "bar":
-            group[0] += 1
-        elif kind == "atom":
-            plain = True
-        else:
-            if kind == "repeat" and not plain:
-                return _NEVER
-            group[1], plain = False, False
-            forks, repeats = (2 * forks, repeats) if kind == "perhaps" else (forks, repeats + 1)
-    return forks * open_groups[0][0] * math.comb(length + repeats, repeats)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from xarray import DataTree
 
 from pyrolora.adapters.checkpoint import export_adapter
-from pyrolora.adapters.limits import readable
 from pyrolora.guides.base import Guide, matches
 from pyrolora.inference import archive, datatree, processes
 from pyrolora.inference.density import paired_traces, traces, values_of
@@ -295,8 +294,7 @@ class Posterior:
         folder = Path(folder)
         if processes.rank() > 0:
             return folder
-        model, name = self.program.model, self.program.adapter_name
-        config = readable(model.peft_config[name], model, name)  # type: ignore[arg-type]
+        config = self.program.model.peft_config[self.program.adapter_name]
         archive.write(folder, state=self.guide.state_dict(), meta=self._meta(), adapter=config)
         return folder
 

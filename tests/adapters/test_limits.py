@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import nn
 
 from pyrolora.adapters.checkpoint import load_adapter
-from pyrolora.adapters.limits import _ways, check_patterns, limited, readable
+from pyrolora.adapters import limits
+from pyrolora.adapters.limits import check_patterns, limited
 from pyrolora.adapters.sites import AdapterError
 from tests.programs import lora, tiny_bert
 
@@ -45,22 +46,17 @@ FINE = [
     r".*layer\.\d{1,2}\.[a-z.]*?(query)",
     r"(ab)*.*query",
 ]
+# No name of the model ends in x.
 ENDLESS = [
     r"(.*)*(.*)*(.*)*x",
-    r"(a+)+$",
     r"([a-z.]+)*x",
-    r"(\w|\w)*x",
+    r"(\w|\w\w|\.)*x",
     r"(.?){99}x",
-    r"(.*a){20}x",
-    r"((.*))+x",
     r".*.*.*.*.*.*.*.*.*.*x",
-    r"(\w+)\1\1x",
-    r"(?=.*)x",
-    "(?:a|a)" * 60 + "x",
-    ".?" * 60 + "x",
-    "*" * 10,
-    "a)(b",
+    "(?:.|.)" * 26 + "x",
+    r"(\w+\.?)*x",
 ]
+NEVER_COMPILED = ["*" * 10, "a)(b", "(" * 1000 + ")" * 1000]
 
 
 @pytest.mark.parametrize("pattern", FINE)
@@ -71,22 +67,22 @@ def test_patterns_that_one_writes_pass(pattern: str) -> None:
         assert get_peft_model(tiny_bert(), lora(target_modules=pattern))
 
 
-@pytest.mark.parametrize("pattern", ENDLESS, ids=lambda pattern: pattern[:24])
+@pytest.mark.parametrize("pattern", ENDLESS)
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern"])
-def test_patterns_that_take_for_ever_are_refused(pattern: str, field: str) -> None:
-    """Law: a pattern with exponentially or very many ways is refused without being matched, wherever PEFT matches."""
+def test_patterns_that_take_for_ever_are_refused(pattern: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a pattern whose match does not end in time is refused by its field, wherever PEFT would match it."""
+    monkeypatch.setattr(limits, "_PATIENCE", 0.5)
     value = {"layers_pattern": [pattern], "rank_pattern": {pattern: 3}}.get(field, pattern)
     config = lora()
     setattr(config, field, value)
-    with within(10), pytest.raises(AdapterError, match=rf"{field}: matching .* may take for ever; name the modules"):
+    with within(10), pytest.raises(AdapterError, match=rf"{field}: matching .* takes longer than 0.5 s; name the"):
         check_patterns(config, tiny_bert())
 
 
-def test_ways_are_those_of_a_matcher_that_fails() -> None:
-    """Law: the count bounds the steps: q repetitions before an end that never comes, C(n + q, q) ways."""
-    steps = {1: 31, 2: 496, 3: 5456}  # of 30 characters, from Σ_{i ≤ n} of the count for q − 1
-    for repeats, count in steps.items():
-        assert _ways(".*" * repeats + "x", 30) >= count
+@pytest.mark.parametrize("pattern", NEVER_COMPILED, ids=lambda pattern: pattern[:8])
+def test_what_is_no_pattern_is_left_to_peft(pattern: str) -> None:
+    """Law: text that is no regular expression takes no time; PEFT says what is wrong with it."""
+    check_patterns(lora(target_modules=pattern), tiny_bert())
 
 
 def test_more_patterns_than_modules_are_refused() -> None:
@@ -138,14 +134,18 @@ def save(folder: Path, **changes: object) -> None:
         {"r": 10**7},
         {"rank_pattern": {"query": 10**8}},
         {"target_modules": "(.*)*(.*)*(.*)*x"},
-        {"rank_pattern": {"(a*)*b": 1}},
+        {"rank_pattern": {"([a-z.]*)*#": 1}},
     ],
     ids=str,
 )
-def test_hostile_adapters_of_peft(tmp_path: Path, changes: dict) -> None:
+def test_hostile_adapters_of_peft(tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: a foreign adapter that asks for more than is in it, or for endless matching, is refused at once."""
+    monkeypatch.setattr(limits, "_PATIENCE", 0.5)
     save(tmp_path, **changes)
-    with within(20), pytest.raises(AdapterError, match=r"does not fit this base model: .*(do not account|for ever)"):
+    with (
+        within(20),
+        pytest.raises(AdapterError, match=r"does not fit this base model: .*(do not account|takes longer)"),
+    ):
         load_adapter(tiny_bert(), tmp_path)
 
 
@@ -156,24 +156,3 @@ def test_adapters_that_peft_writes_are_read(tmp_path: Path, modules: str | list[
     stock.save_pretrained(str(tmp_path))
     loaded = load_adapter(tiny_bert(), tmp_path)
     assert loaded.state_dict().keys() == stock.state_dict().keys()
-
-
-def test_what_could_not_be_read_is_saved_by_name() -> None:
-    """Law: a pattern that a reader would refuse becomes the names that it matched, with their ranks and scalings."""
-    wild = lora(target_modules=r"(\w+\.)*query", rank_pattern={r"(\w+\.)*1.attention.self.query": 3})
-    model = get_peft_model(tiny_bert(), wild)
-    named = readable(model.peft_config["default"], model, "default")
-    check_patterns(named, tiny_bert())
-    assert wild.target_modules == r"(\w+\.)*query"
-    again = get_peft_model(tiny_bert(), named)
-    shapes = [{n: p.shape for n, p in each.named_parameters()} for each in (model, again)]
-    assert shapes[0] == shapes[1] and any(3 in shape for name, shape in shapes[0].items() if "lora_A" in name)
-    scalings = [[m.scaling for m in each.modules() if hasattr(m, "scaling")] for each in (model, again)]
-    assert scalings[0] == scalings[1]
-
-
-def test_what_can_be_read_is_saved_as_it_is() -> None:
-    """Law: a configuration that passes is not changed."""
-    model: PeftModel = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules=r".*query"))
-    config = model.peft_config["default"]
-    assert readable(config, model, "default") is config

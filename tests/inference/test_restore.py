@@ -102,8 +102,8 @@ def test_members_are_not_bought_with_empty_tensors(tmp_path: Path) -> None:
         ({"r": 10**7}, "do not account"),
         ({"rank_pattern": {"query": 10**7}}, "do not account"),
         ({"rank_pattern": {f"layer{i}": 2 for i in range(10**4)}}, "rank_pattern has 10000 entries"),
-        ({"target_modules": "(.*)*(.*)*(.*)*x"}, "target_modules: matching .* may take for ever"),
-        ({"exclude_modules": "(.*)*(.*)*(.*)*x"}, "exclude_modules: matching .* may take for ever"),
+        ({"target_modules": "(.*)*(.*)*(.*)*x"}, "target_modules: matching .* takes longer than"),
+        ({"exclude_modules": "(.*)*(.*)*(.*)*x"}, "exclude_modules: matching .* takes longer than"),
     ],
     ids=lambda value: str(value)[:40],
 )
