@@ -13,8 +13,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from pyrolora.adapters.checkpoint import load_adapter
 from pyrolora.adapters import limits
+from pyrolora.adapters.checkpoint import load_adapter
 from pyrolora.adapters.limits import check_patterns, limited
 from pyrolora.adapters.sites import AdapterError
 from tests.programs import lora, tiny_bert
