@@ -7,11 +7,11 @@ FOLDER is that of sweep.py. Each guide has the prior and temperature under which
                   in few numbers. With a prior on A too, A = B = 0 is a mode of the posterior, and MAP ends there.
     A.yaml        A ~ N(0, 0.2²), B flat, head ~ N(0, 1), β = 0.05: noise in every weight of A.
     dropout.yaml  as B.yaml, over adapters with LoRA's dropout, which all others are without.
-A task's comparison is one command, `pyrolora compare B.yaml A.yaml dropout.yaml`, which is printed; called again it
-continues. With --write-only nothing is fitted. At the end, and with --table-only alone, table.md in OUTPUT has all
-results that are there: means over seeds with the hull of all 95 % intervals, sorted by NLL. A fit's cost is in fits of
-one point estimate, of which the median over methods is taken: on a machine that does other things too a single one says
-little.
+A task's comparison is one command, `pyrolora compare B.yaml A.yaml dropout.yaml`, which is printed; called again, with
+more guides or seeds too, it continues. With --write-only nothing is fitted. At the end, and with --table-only alone,
+table.md in OUTPUT has all results that are there: means over seeds with the hull of all 95 % intervals, sorted by NLL.
+A fit's cost is in fits of one point estimate, of which the median over methods is taken: on a machine that does other
+things too a single one says little.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ GUIDES: dict[str, dict[str, dict[str, Any]]] = {
     "A": {"MeanField": {}, "BLoB": {"class_path": "MeanField", "init_args": BLOB}, "SGLD": {}, "MAP": {}},
     "dropout": {"Dropout": {}},
 }
+NAMES = {name for configured in GUIDES.values() for name in configured}
 
 
 def recipe(kind: str, name: str, data: Path | None, folder: Path, *, rows: int) -> dict[str, Any]:
@@ -121,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["commonsense"])
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--guides", nargs="+", choices=sorted(NAMES), default=sorted(NAMES), metavar="GUIDE")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--rows", type=int, default=500, help="of each split that is evaluated, at most")
@@ -133,9 +135,10 @@ def main() -> None:
     for name in () if options.table_only else options.tasks:
         folder = options.output / name
         folder.mkdir(exist_ok=True)
-        paths = [folder / f"{kind}.yaml" for kind in GUIDES]
-        for kind, path in zip(GUIDES, paths, strict=True):
-            content = recipe(kind, name, options.data, folder, rows=options.rows)
+        paths = [folder / f"{kind}.yaml" for kind in GUIDES if GUIDES[kind].keys() & set(options.guides)]
+        for path in paths:
+            content = recipe(path.stem, name, options.data, folder, rows=options.rows)
+            content["guides"] = {each: own for each, own in content["guides"].items() if each in options.guides}
             path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         numbers = {"--seeds": options.seeds, "--draws": options.draws, "--processes": options.processes}
         command = ["compare", *map(str, paths), "--output", str(folder / "fits")]

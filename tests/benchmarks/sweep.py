@@ -33,6 +33,7 @@ from transformers import AutoTokenizer
 
 from pyrolora import guides
 from pyrolora.diagnostics.calibration import accuracy, expected_calibration_error, negative_log_likelihood
+from pyrolora.diagnostics.ood import auroc
 from pyrolora.diagnostics.temperature import fit_temperature, scale
 from pyrolora.inference.fit import default_arguments, fit
 from pyrolora.inference.posterior import Posterior
@@ -131,16 +132,19 @@ SWEEPS = {
         ),
         *(inducing(b=0.07, scale_learning_rate=7.0, rank=rank) for rank in (4, 16)),
     ],
-    "adaptive": [  # θ under the prior that MAP has here: the dropout rate p, β, the features, the KL's scale, the prior
+    "adaptive": [  # θ under the prior of MAP: the dropout rate p, β, the KL's scale; then features and kinds of noise
         LORA,
-        Configuration(a=0.2),
-        *(adaptive(a=0.2, rate=p, temperature=beta) for p in (0.05, 0.1, 0.2, 0.5) for beta in (1.0, 0.1, 0.01)),
-        *(adaptive(a=0.2, features="backbone", temperature=beta) for beta in (1.0, 0.1, 0.01)),
-        *(adaptive(a=0.2, kl="sum", temperature=beta) for beta in (1.0, 0.01)),
-        *(adaptive(a=0.2, prior="declared", temperature=beta) for beta in (1.0, 0.1)),
-        *(adaptive(a=0.2, noise=noise, temperature=0.1) for noise in ("example", "flipout", "weight")),
-        adaptive(a=0.2, predictive="local", temperature=0.1),
-        *(Configuration("MeanField", BLOB, a=0.2, temperature=beta) for beta in (1.0, 0.1, 0.05)),
+        Configuration("Ensemble", {"size": 5}, head=None),
+        Configuration(b=0.07),
+        inducing(b=0.07, scale_learning_rate=7.0),
+        Configuration(a=0.2, temperature=0.05),
+        mean_field("*.A", 0.05, a=0.2),
+        Configuration("MeanField", BLOB, a=0.2, temperature=0.05),
+        *(adaptive(b=0.07, rate=p, temperature=beta) for p in (0.05, 0.1, 0.2, 0.5) for beta in (1.0, 0.1)),
+        *(adaptive(b=0.07, rate=p, kl="sum") for p in (0.1, 0.5)),
+        adaptive(b=0.07, features="backbone"),
+        *(adaptive(b=0.07, noise=noise) for noise in ("example", "flipout", "weight")),
+        adaptive(a=0.2, prior="declared", temperature=0.05),
     ],
 }
 
@@ -190,11 +194,16 @@ def run(task: Task, chosen: Configuration, seed: int, *, test: bool, keep: Path 
     posterior, seconds = fitted(task, chosen, seed, keep=keep, name=name)
     data = {split: rows_of(task, split) for split in (("validation", "test") if test else ("validation",))}
     row: dict[str, Any] = {}
-    is_random = bool(posterior.guide.random_sites() or posterior.guide.local_sites())
-    for draws in (0, 16 if test else 8) if is_random else (0,):
+    averages = posterior.guide.averages
+    for draws in (0, 16 if test else 8) if averages else (0,):
         found = {split: posterior.predict(rows, draws) for split, rows in data.items()}
         for size in ((1, 4, 16) if test else (draws,)) if draws else (0,):
             row[f"S{size}"] = score({split: average(p, size) for split, p in found.items()}, found, test=test)
+        if test and draws:
+            row["doubts"] = {
+                name: auroc_of_errors(doubt.numpy(), found["test"].log_mean.numpy(), found["test"].labels.numpy())
+                for name, doubt in doubts(found["test"]).items()
+            }
     if log := [entry for entry in posterior.history if "kl" in entry]:
         row |= {name: log[-1][name] for name in ("data", "kl")}
     return {**row, "seconds": seconds, "describe": posterior.describe()}
@@ -243,6 +252,7 @@ def score(found: dict[str, Any], predictions: dict[str, Prediction], *, test: bo
     own = "test" if test else "validation"
     row = metrics(found[own], labels[own])
     if test:
+        row["error_auroc"] = auroc_of_errors(-found[own].max(-1), found[own], labels[own])
         tau = fit_temperature(found["validation"], labels["validation"])
         row |= {f"scaled_{name}": value for name, value in metrics(scale(found[own], tau), labels[own]).items()}
         row |= {"tau": tau, "validation_nll": negative_log_likelihood(found["validation"], labels["validation"])}
@@ -252,6 +262,18 @@ def score(found: dict[str, Any], predictions: dict[str, Prediction], *, test: bo
 def metrics(log_mean: Any, labels: Any) -> dict[str, float]:
     functions = {"accuracy": accuracy, "nll": negative_log_likelihood, "ece": expected_calibration_error}
     return {name: function(log_mean, labels) for name, function in functions.items()}
+
+
+def auroc_of_errors(doubt: Any, log_mean: Any, labels: Any) -> float:
+    """Probability that an error has more of a doubt than a right answer has; by −max log p, confidence's own."""
+    wrong = log_mean.argmax(-1) != labels
+    return auroc(doubt[~wrong], doubt[wrong]) if 0 < wrong.sum() < len(wrong) else math.nan
+
+
+def doubts(prediction: Prediction) -> dict[str, Any]:
+    """What else could tell errors: the mutual information, and what a guide computes from the inputs, such as α."""
+    own = {name: value.mean(-1) for name, value in prediction.inputs.items()}
+    return {"mutual_information": prediction.mutual_information, **own}
 
 
 def table(sweep: str, tasks: list[str], seeds: list[int], rows: list[dict[str, Any]]) -> list[str]:
