@@ -124,4 +124,5 @@ def test_as_a_program() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "80"})
     assert done.returncode == 0
     assert done.stdout.startswith("usage: pyrolora ") and "A first session:" in done.stdout
-    assert done.stderr == ""
+    # On some CPUs bitsandbytes says at its import, which is PEFT's, that it has no faster kernel.
+    assert [line for line in done.stderr.splitlines() if "gemm_4bit_forward" not in line] == []

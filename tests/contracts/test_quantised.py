@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +18,19 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from pyrolora import guides
 from pyrolora.guides.curvature import curvature
 from pyrolora.guides.factors import KroneckerFactors
 from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
+from pyrolora.inference.archive import describe, rebuild
 from pyrolora.inference.fit import default_arguments, fit
 from pyrolora.inference.generate import generate
+from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.randomness import isolated
 from pyrolora.program import PyroLoRA
+from tests.contracts.test_guides import CONCRETE, VARIANTS
 from tests.programs import PRIORS, language_posterior, sentence_task, tiny_llama
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -33,6 +38,10 @@ bnb = pytest.importorskip("bitsandbytes")
 CONFIGS = {
     4: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
     8: BitsAndBytesConfig(load_in_8bit=True),
+}
+OPTIONS: dict[str, dict[str, Any]] = VARIANTS | {
+    "NUTS": {"size": 4, "warmup": 1, "chains": 1, "max_tree_depth": 1},
+    "TFB": {"optimise": True},
 }
 
 
@@ -48,8 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-def program(base: nn.Module) -> PyroLoRA:
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+def program(base: nn.Module, dropout: float = 0.0) -> PyroLoRA:
+    targets = ["q_proj", "v_proj"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="SEQ_CLS", lora_dropout=dropout)
     with isolated(1):
         return PyroLoRA(base, config, priors=PRIORS, task=sentence_task())
 
@@ -93,6 +103,27 @@ def test_curvature_is_that_of_the_rounded_weights(folder: Path) -> None:
         assert isinstance(mine, KroneckerFactors) and isinstance(its, KroneckerFactors)
         for a, b in ((mine.inputs, its.inputs), (mine.gradients, its.gradients)):
             assert torch.allclose(a.total, b.total, rtol=1e-3, atol=1e-4 * float(b.total.abs().max()))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", [*CONCRETE, *VARIANTS])
+def test_every_guide_sees_the_rounded_weights(folder: Path, name: str) -> None:
+    """Law: what a guide learnt on a 4-bit base predicts the same on an ordinary model with the same rounded weights."""
+    arguments = default_arguments()
+    arguments.max_steps = 3
+    options = OPTIONS.get(name, {})
+    dropout = 0.1 if name == "Dropout" else 0.0
+    learnt = fit(
+        program(quantised(folder, 4), dropout), getattr(guides, name.partition(",")[0])(**options), args=arguments
+    )
+    other = program(dequantised(folder), dropout)
+    guide = rebuild(describe(learnt.guide), where="the guide")
+    guide.bind(other)
+    guide.load_state_dict(learnt.guide.state_dict())
+    again = Posterior(other, guide.eval(), temperature=learnt.temperature, seed=learnt.seed)
+    data = other.task.test.select(range(4))  # type: ignore[union-attr]
+    found, its = (posterior.predict(data, 4).log_mean for posterior in (learnt, again))
+    assert torch.isfinite(found).all()
+    assert torch.allclose(found, its, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
