@@ -29,6 +29,7 @@ from pyrolora.inference.fit import fit
 from pyrolora.inference.randomness import isolated
 from pyrolora.recipe import Recipe
 from tests.architectures import PARAMETERS, PUBLISHED, shrunk
+from tests.programs import CHATML
 from tests.programs import tokenizer as minilm
 
 RECIPES = sorted((Path(__file__).parents[1] / "models").glob("*.yaml"))
@@ -140,7 +141,7 @@ def byte_pairs() -> PreTrainedTokenizerBase:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(["Answer: A B C D E no yes " * 20, "Question: What" * 20], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=CHATML)
 
 
 def small(path: Path, folder: Path) -> Recipe:

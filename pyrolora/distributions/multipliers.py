@@ -16,7 +16,8 @@ class Multipliers(TorchDistribution):
 
     A divergence needs the averages of ``1/v_j`` and ``log v_j`` over the layer alone, so that nothing as large as the
     weights is made for each example. The value stands for all multipliers of a layer; ``rsample`` returns ``loc``, the
-    noise being added in activation space (see `bottleneck_noise`).
+    noise being added in activation space (see `bottleneck_noise`): for ``TraceMeanField_ELBO`` and its closed-form KL,
+    not for ``Trace_ELBO``, which would take the density at the mean for that at a draw.
 
     Args:
         loc: Mean, 1 in a guide and 0 in a prior; broadcast against the rest.
