@@ -34,7 +34,12 @@ def described(spec: Any, where: str) -> tuple[str, Mapping[str, Any]]:
     spec = {"class_path": spec} if isinstance(spec, str) else spec
     if not isinstance(spec, Mapping) or "class_path" not in spec or not spec.keys() <= {"class_path", "init_args"}:
         raise RecipeError(f"{where}: give a class name, or a mapping with class_path and init_args; not {spec!r}")
-    return spec["class_path"], spec.get("init_args") or {}
+    name, arguments = spec["class_path"], spec.get("init_args") or {}
+    if not isinstance(name, str):
+        raise RecipeError(f"{where}: class_path is the name of a class, not {name!r}")
+    if not isinstance(arguments, Mapping):
+        raise RecipeError(f"{where}: {name}: arguments are a mapping, not {arguments!r}")
+    return name, arguments
 
 
 def construct(name: str, arguments: Mapping[str, Any], package: str, *, where: str, first: tuple[Any, ...] = ()) -> Any:

@@ -159,7 +159,7 @@ class Recipe:
     def build_task(self) -> Task:
         """Reads the data."""
         where = f"{self.path}: task"
-        name, arguments = _described(self.task, where)
+        name, arguments = described(self.task, where)
         sources = {split: _source(arguments[split], f"{where}: {split}") for split in _SOURCES if split in arguments}
         kind: Any = classes("tasks").get(name, TextTask)  # of an unknown class, what follows says so
         with self._loading("the tokenizer of " if issubclass(kind, TextTask) else "the image processor of "):
@@ -171,7 +171,7 @@ class Recipe:
         priors = {}
         for pattern, spec in self.priors.items():
             where = f"{self.path}: priors: {pattern!r}"
-            priors[pattern] = construct(*_described(spec, where), "priors", where=where)
+            priors[pattern] = construct(*described(spec, where), "priors", where=where)
         return priors
 
     def build_adapter(self) -> LoraConfig | str:
@@ -199,7 +199,7 @@ class Recipe:
         found, given = self._guide(name)
         arguments = dict(given)
         if "guide" in arguments:
-            inner, own = _described(arguments["guide"], f"{where}: {name}: guide")
+            inner, own = described(arguments["guide"], f"{where}: {name}: guide")
             # An inner guide that is only named has this recipe's arguments for it.
             inner, own = (inner, own) if own else self._guide(inner)
             arguments["guide"] = construct(inner, own, "guides", where=f"{where}: {name}")
@@ -215,7 +215,7 @@ class Recipe:
                 if fnmatch.fnmatchcase(name, pattern):
                     return beta
         inner = arguments.get("guide")
-        return 1.0 if inner is None else self.temperature_of(_described(inner, str(self.path))[0])
+        return 1.0 if inner is None else self.temperature_of(described(inner, str(self.path))[0])
 
     def _guide(self, name: str) -> tuple[str, Mapping[str, Any]]:
         """Class and arguments of a guide."""
@@ -229,7 +229,7 @@ class Recipe:
                 f"{self.path}: guides: unknown class {name!r}{hint}. A configuration of your own says which class it "
                 "is of: {class_path: ..., init_args: {...}}"
             )
-        found, arguments = _described(own, f"{self.path}: guides: {name}")
+        found, arguments = described(own, f"{self.path}: guides: {name}")
         check_names([found], known, f"{self.path}: guides: {name}: unknown class")
         return found, arguments
 
@@ -333,16 +333,6 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
-
-
-def _described(spec: Any, where: str) -> tuple[str, Mapping[str, Any]]:
-    """`described`, of which a file may say anything: the class is a name, and its arguments a mapping."""
-    name, arguments = described(spec, where)
-    if not isinstance(name, str):
-        raise RecipeError(f"{where}: class_path is the name of a class, not {name!r}")
-    if not isinstance(arguments, Mapping):
-        raise RecipeError(f"{where}: {name}: arguments are a mapping, not {arguments!r}")
-    return name, arguments
 
 
 def _task(spec: Any, folder: Path) -> Any:

@@ -13,8 +13,8 @@ class Centred(dist.Normal):
 
     A guide that adds the noise in activation space (a draw of its own for each example) samples this at the site: the
     KL is that of the Normal, and the value placed on the model is the mean, to which the noise is added. That holds for
-    the closed-form KL of ``TraceMeanField_ELBO`` alone: ``Trace_ELBO`` would take densities at the mean for densities at
-    a draw, and with them a number that is no divergence.
+    the closed-form KL of ``TraceMeanField_ELBO`` alone: ``Trace_ELBO`` would take densities at the mean for those at a
+    draw, and their difference is no divergence.
     """
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008 - torch's signature
