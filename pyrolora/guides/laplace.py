@@ -39,6 +39,7 @@ from pyrolora.guides.precision import (
 )
 from pyrolora.guides.shares import shared_curvature
 from pyrolora.likelihoods.base import ClassLikelihood
+from pyrolora.likelihoods.next_token import NextToken
 from pyrolora.program import Batch, Latent, PyroLoRA
 
 logger = logging.getLogger("pyrolora")
@@ -116,6 +117,8 @@ class Laplace(Guide):
     # -- contract ----------------------------------------------------------------------------------------------------
 
     def bind(self, program: PyroLoRA) -> None:
+        if isinstance(program.likelihood, NextToken) and self.predictive != "weights":
+            raise ValueError("Laplace's linearised predictive is of labels, not of texts: Laplace(predictive='weights')")
         for name in [name for name, _ in self.named_buffers()]:
             delattr(self, name)
         # Without curvature it is MAP: no site is random yet.
