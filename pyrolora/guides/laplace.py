@@ -118,7 +118,7 @@ class Laplace(Guide):
 
     def bind(self, program: PyroLoRA) -> None:
         if isinstance(program.likelihood, NextToken) and self.predictive != "weights":
-            raise ValueError("Laplace's linearised predictive is of labels, not of texts: Laplace(predictive='weights')")
+            raise ValueError("The linearised predictive is of labels, not of texts: Laplace(predictive='weights')")
         for name in [name for name, _ in self.named_buffers()]:
             delattr(self, name)
         # Without curvature it is MAP: no site is random yet.

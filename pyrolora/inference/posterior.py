@@ -128,7 +128,7 @@ class Posterior:
         inputs: list[dict[str, Tensor]] = []
         for rows, batch in runner.batches(data, batch_size=batch_size):
             values = runner.evaluate(log_probabilities(self.program), batch)
-            runner.check_probabilities(values, rows, data)
+            runner.check(values, rows, data, "probabilities")
             joint = runner.natural is None or self.guide.joint_draws
             builder = builder or PredictionBuilder(len(data), len(values), self._class_names(), joint=joint)
             builder.add(values)
@@ -153,6 +153,9 @@ class Posterior:
         """``log p(y_n | x_n, θ_s)`` in nats, ``(S, n)``: what LOO, WAIC and perplexity are made from.
 
         Random sites that do not match ``sites`` stand at their mean.
+
+        Raises:
+            NonFiniteError: NaN, as `predict` says.
         """
         runner = self.runner(num_draws, seed=seed, chunk_size=chunk_size, sites=sites)
         return self._collect(runner, log_likelihood(self.program), data, batch_size)
@@ -167,6 +170,7 @@ class Posterior:
 
         Raises:
             ValueError: Next tokens of texts that differ in length, whose logits are no one tensor.
+            NonFiniteError: NaN, as `predict` says.
         """
         check_data(data)
         if isinstance(self.program.likelihood, NextToken) and len({len(ids) for ids in data["input_ids"]}) > 1:
@@ -180,6 +184,7 @@ class Posterior:
     def _collect(self, runner: Runner, function: Function, data: Dataset, batch_size: int) -> Tensor:
         parts, order = [], []
         for rows, values in runner.run(function, data, batch_size=batch_size):
+            runner.check(values, rows, data, "values")
             parts.append(values.cpu())
             order += rows
         return torch.cat(parts, 1)[:, torch.argsort(torch.tensor(order))]

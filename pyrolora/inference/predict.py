@@ -119,20 +119,20 @@ class Runner:
             for s in range(len(next(iter(self.draws.values())))):
                 yield function({**self.fixed, **{name: value[s] for name, value in self.draws.items()}}, batch)
 
-    def check_probabilities(self, values: Tensor, rows: Sequence[int], data: Dataset) -> None:
-        """Refuses log probabilities of some rows of the data that are NaN, ``(S, b, K)``.
+    def check(self, values: Tensor, rows: Sequence[int], data: Dataset, what: str) -> None:
+        """Refuses values of some rows of the data, ``(S, b, ...)``, that are NaN.
 
         Raises:
             NonFiniteError: It names rows and draws, and what is not finite: weights, inputs, or the base model.
         """
-        bad = values.isnan().any(-1)
+        bad = values.isnan().reshape(*values.shape[:2], -1).any(-1)
         if not bool(bad.any()):
             return
         draws = bad.any(1).nonzero().flatten().tolist()
         wrong = sorted(rows[i] for i in bad.any(0).nonzero().flatten().tolist())
         under = "every draw" if len(draws) == len(values) else f"draw(s) {_few(draws)}"
         raise NonFiniteError(
-            f"the probabilities of row(s) {_few(wrong)} are not finite under {under}: {self._cause(data, wrong[:8])}"
+            f"the {what} of row(s) {_few(wrong)} are not finite under {under}: {self._cause(data, wrong[:8])}"
         )
 
     def _cause(self, data: Dataset, rows: Sequence[int]) -> str:

@@ -47,6 +47,16 @@ def test_weights_that_are_not_finite_predict_nothing(guide: Guide, value: float)
         posterior.predict(sentence_task().test, 4, batch_size=12)
 
 
+@pytest.mark.parametrize("function", ["logits", "log_likelihood", "to_datatree"])
+def test_nothing_else_is_computed_from_them(function: str) -> None:
+    """Law: logits and log-likelihoods of such weights are an error too, and so is what ArviZ would be given."""
+    posterior = untrained(MeanField(random="*.A"))
+    with torch.no_grad():
+        posterior.guide.get_parameter("points.head/classifier/weight").view(-1)[3] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"head.classifier.weight"):
+        getattr(posterior, function)(sentence_task().test, 4)
+
+
 def test_the_draw_that_is_not_finite_is_named() -> None:
     """Law: one member of an ensemble that is spoilt is named by its draws; the mean of the others is not used."""
     posterior = untrained(Ensemble(MAP(), 3))

@@ -55,7 +55,7 @@ def test_guides_adapt_the_output_layer(guide: Guide, kind: str) -> None:
     arguments = default_arguments(None, seed=0)
     arguments.max_steps, arguments.per_device_train_batch_size, arguments.warmup_steps = 1, 4, 0
     if kind == "text" and isinstance(guide, Laplace) and guide.predictive != "weights":
-        with pytest.raises(ValueError, match="of labels, not of texts.*predictive='weights'"):
+        with pytest.raises(ValueError, match=r"of labels, not of texts.*predictive='weights'"):
             fit(own, guide, args=arguments)
         return
     posterior = fit(own, guide, args=arguments)
