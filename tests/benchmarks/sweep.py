@@ -145,6 +145,7 @@ SWEEPS = {
         adaptive(b=0.07, features="backbone"),
         *(adaptive(b=0.07, noise=noise) for noise in ("example", "flipout", "weight")),
         adaptive(a=0.2, prior="declared", temperature=0.05),
+        *(adaptive(b=0.07, rate=0.8, kl=kl) for kl in ("mean", "sum")),
     ],
 }
 
