@@ -62,6 +62,7 @@ def fit(
     prepare(output / "checkpoints", {"guide": guide, "seed": seed, **read.content(), "training": None}, resume)
     posterior = fit_program(program, chosen, args=arguments, temperature=read.temperature_of(guide), resume=resume)
     save(posterior, read, output)
+    processes.wait()  # until the first has written it, so that whoever goes on finds it
     if processes.rank() > 0:
         return
     print(posterior)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.guides.sgld import SGLD
-from pyrolora.inference import processes
+from pyrolora.inference import archive, processes
 from pyrolora.inference.elbo import Objective
 from pyrolora.inference.fit import fit
 from pyrolora.inference.predict import NonFiniteError
@@ -102,10 +105,16 @@ def again(out: Path, recipe: Path, batch_size: int) -> None:
 
 def command_line(out: Path, recipe: Path, batch_size: int) -> None:
     training = ["--training.per_device_train_batch_size", str(batch_size), "--training.learning_rate", "0.01"]
-    main(["fit", str(recipe), "--guide", "MAP", "--output", str(out / "fitted"), *training])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(archive, "write", functools.partial(_late, archive.write))  # the first process is behind
+        main(["fit", str(recipe), "--guide", "MAP", "--output", str(out / "fitted"), *training])
         patch.setitem(predict_to_parquet.__kwdefaults__, "block_size", 5)  # else these few rows are one part
         main(["predict", str(out / "fitted"), str(recipe.parent / "test.jsonl"), "--output", str(out / "parts")])
+
+
+def _late(function: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    time.sleep(1)
+    function(*arguments, **options)
 
 
 def arguments(folder: Path, batch_size: int, **changes: Any) -> TrainingArguments:
