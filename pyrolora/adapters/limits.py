@@ -21,7 +21,7 @@ _PATIENCE = 10.0  # seconds for all patterns of a file on all names of modules, 
 _FACTORIES = frozenset(["empty", "zeros", "ones", "full", "rand", "randn", "eye", "arange", "linspace"])
 _SPELLINGS = ("{}", "new_{}", "{}_like")
 _NAMES = frozenset(spelling.format(name) for name in _FACTORIES for spelling in _SPELLINGS)
-_PLAIN = re.compile(r"(\.\*)?[\w.\-]*")
+_PLAIN = re.compile(r"[\w.\-]*")
 # What PEFT does with a pattern and a name (`target_modules`; ranks and scalings by name; `layers_pattern`). One that is
 # no regular expression is PEFT's to refuse.
 _MATCH = r"""
@@ -83,7 +83,8 @@ def check_patterns(config: LoraConfig, model: nn.Module) -> None:
         model: The base model whose modules are matched.
 
     Raises:
-        AdapterError: Patterns that take longer than ten seconds, or more of them than there are modules.
+        AdapterError: Patterns that take longer than ten seconds, on which the matcher fails, or more of them than there
+            are modules.
     """
     names = [name for name, _ in model.named_modules()]
     for field, patterns in _patterns(config).items():
@@ -93,12 +94,11 @@ def check_patterns(config: LoraConfig, model: nn.Module) -> None:
         if not wild:
             continue
         try:
-            command = [sys.executable, "-I", "-S", "-c", _MATCH]
-            subprocess.run(command, input=json.dumps([wild, names]), timeout=_PATIENCE, text=True, check=True)
-        except subprocess.TimeoutExpired:
-            raise AdapterError(
-                f"{field}: matching {', '.join(wild)[:80]!r} takes longer than {_PATIENCE:g} s; name the modules"
-            ) from None
+            command, given = [sys.executable, "-I", "-S", "-c", _MATCH], json.dumps([wild, names]).encode()
+            subprocess.run(command, input=given, stderr=subprocess.DEVNULL, timeout=_PATIENCE, check=True)
+        except subprocess.SubprocessError as error:
+            what = f"takes longer than {_PATIENCE:g} s" if isinstance(error, subprocess.TimeoutExpired) else "fails"
+            raise AdapterError(f"{field}: matching {', '.join(wild)[:80]!r} {what}; name the modules") from None
 
 
 def _patterns(config: LoraConfig) -> dict[str, list[str]]:
@@ -108,5 +108,4 @@ def _patterns(config: LoraConfig) -> dict[str, list[str]]:
     layers = config.layers_pattern
     found["layers_pattern"] = [layers] if isinstance(layers, str) else [*(layers or [])]
     found |= {name: [*(getattr(config, name) or {})] for name in ("rank_pattern", "alpha_pattern", "modules_to_save")}
-    # Before those of more than one PEFT puts a repetition of its own.
-    return {n: [str(p) if n in fields else f".*{p}" for p in patterns] for n, patterns in found.items()}
+    return {name: [str(pattern) for pattern in patterns] for name, patterns in found.items()}

@@ -294,7 +294,8 @@ class Posterior:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes the posterior: ``posterior.safetensors``, ``posterior.json``, and PEFT's ``adapter_config.json``.
 
-        The base weights are not in it, only their fingerprint. Of several processes only the first writes.
+        The base weights are not in it, only their fingerprint. Of several processes only the first writes,
+        and the others do not wait for it: whoever reads the folder next comes after ``torch.distributed.barrier()``.
         """
         folder = Path(folder)
         if processes.rank() > 0:

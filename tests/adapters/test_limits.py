@@ -85,6 +85,13 @@ def test_what_is_no_pattern_is_left_to_peft(pattern: str) -> None:
     check_patterns(lora(target_modules=pattern), tiny_bert())
 
 
+def test_a_matcher_that_fails_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a pattern that ends the matcher itself, out of memory or otherwise, is refused by its field."""
+    monkeypatch.setattr(limits, "_MATCH", "raise MemoryError")
+    with pytest.raises(AdapterError, match=r"target_modules: matching '\.\*query' fails; name the modules"):
+        check_patterns(lora(target_modules=r".*query"), tiny_bert())
+
+
 def test_more_patterns_than_modules_are_refused() -> None:
     """Law: ranks by name are for modules that there are; a million names are refused before any is compiled."""
     config = lora(rank_pattern={f"layer{i}": 2 for i in range(10**5)})
