@@ -73,11 +73,15 @@ class Laplace(Guide):
         scope: ``"site"``, ``"layer"`` or ``"global"``: what shares one λ under ``"marglik"``.
         predictive: ``"linearised"``, or its closed forms ``"probit"`` or ``"bridge"``, for each input on its own;
             ``"joint"``: draws ``f*(x) + J(x)(θ_s − θ*)``, one θ_s for all inputs; ``"weights"``: draws of the weights,
-            which at the λ of a low-rank adapter are usually unusable (the product of two noises is not small).
+            which at the λ of a low-rank adapter are usually unusable (the product of two noises is not small), and the only
+            ones of a language model.
         num_points: Quasi-Monte Carlo points of the linearised predictive, whatever number of draws is asked for.
         optimise: False takes the model's present weights (an adapter trained elsewhere) for the MAP estimate.
         exact_up_to: The largest number of classes for which the Fisher information is exact; above, one draw each.
         batch_size: Of the pass over the data.
+
+    Raises:
+        ValueError: Arguments out of range; at `bind`, a language model under another predictive than ``"weights"``.
 
     Source: Yang et al. 2024 (Laplace-LoRA), section 3; MacKay 1992; Immer et al. 2021, eq. 5 (linearised predictive).
     """
