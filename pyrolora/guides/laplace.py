@@ -73,8 +73,8 @@ class Laplace(Guide):
         scope: ``"site"``, ``"layer"`` or ``"global"``: what shares one λ under ``"marglik"``.
         predictive: ``"linearised"``, or its closed forms ``"probit"`` or ``"bridge"``, for each input on its own;
             ``"joint"``: draws ``f*(x) + J(x)(θ_s − θ*)``, one θ_s for all inputs; ``"weights"``: draws of the weights,
-            which at the λ of a low-rank adapter are usually unusable (the product of two noises is not small), and the only
-            ones of a language model.
+            which at the λ of a low-rank adapter are usually unusable (the product of two noises is not small); of
+            language models nothing else.
         num_points: Quasi-Monte Carlo points of the linearised predictive, whatever number of draws is asked for.
         optimise: False takes the model's present weights (an adapter trained elsewhere) for the MAP estimate.
         exact_up_to: The largest number of classes for which the Fisher information is exact; above, one draw each.
