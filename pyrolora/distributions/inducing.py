@@ -176,19 +176,40 @@ class InducedMatrixNormal(TorchDistribution):
         if self.noise is None:
             near = (rest.abs() <= 1e-4 * (1 + self._explain(self.white).abs())).flatten(-2).all(-1)
             return torch.where(near, 0.0, -math.inf)
-        row_basis, row_left = _spectrum(self.row, rest.shape[-2], rest)
-        column_basis, column_left = _spectrum(self.column, rest.shape[-1], rest)
-        # 1 − p_r p_c without a difference, which rounds to nothing where the inducing variables explain nearly all.
-        left = row_left.unsqueeze(-1) + (1 - row_left).unsqueeze(-1) * column_left.unsqueeze(-2)
-        inside = row_basis.mT @ rest @ column_basis
-        squared = rest.square().sum((-2, -1)) + ((1 / left - 1) * inside.square()).sum((-2, -1))
+        # Woodbury: (I − R Rᵀ)⁻¹ = I + R (I − RᵀR)⁻¹ Rᵀ with R = R_c ⊗ R_r, and det(I − R Rᵀ) = det(I − RᵀR).
+        inside = rest if self.row is None else self.row.map.mT @ rest
+        inside = inside if self.column is None else inside @ self.column.map
+        squared, half_log_det = self._left(inside)
+        squared = squared + rest.square().sum((-2, -1))
         size = self.event_shape.numel()
-        log_det = 0.5 * left.log().sum((-2, -1)) + size * self.noise.log() + self.colour.log_det(self.event_shape)
+        log_det = half_log_det + size * self.noise.log() + self.colour.log_det(self.event_shape)
         return -0.5 * (squared / self.noise.square() + size * math.log(2 * math.pi)) - log_det
 
     def expand(self, batch_shape: _size, _instance: object = None) -> InducedMatrixNormal:
         white = self.white.expand(*batch_shape, *self.white.shape[-2:])
         return InducedMatrixNormal(white, self.row, self.column, noise=self.noise, colour=self.colour)
+
+    def _left(self, inside: Tensor) -> tuple[Tensor, Tensor]:
+        """``tᵀ M⁻¹ t`` and ``½ log det M`` of ``M = I − G_c ⊗ G_r``, what the inducing variables leave in their span.
+
+        Without a difference, which rounds to nothing where they explain nearly all: with ``S = I − G = F Fᵀ`` it is
+        ``S_c ⊗ I + G_c ⊗ S_r``, and where one side is exact it is the other's S.
+        """
+        if self.row is None or self.column is None:
+            side, t = (self.column, inside.mT) if self.row is None else (self.row, inside)
+            assert side is not None, "with two exact sides V is all of the matrix, and there is no noise"
+            white = torch.linalg.solve_triangular(side.remainder, t, upper=False)
+            diagonal = side.remainder.diagonal(dim1=-2, dim2=-1)
+            return white.square().sum((-2, -1)), t.shape[-1] * diagonal.log().sum(-1)
+        r_r, r_c, f_r, f_c = (
+            x.double() for x in (self.row.map, self.column.map, self.row.remainder, self.column.remainder)
+        )
+        one = torch.eye(r_r.shape[-1], dtype=r_r.dtype, device=r_r.device)
+        left = _kronecker(one, f_c @ f_c.mT) + _kronecker(f_r @ f_r.mT, r_c.mT @ r_c)
+        factor = _cholesky(left, "an inducing matrix")
+        white = torch.linalg.solve_triangular(factor, inside.double().flatten(-2).unsqueeze(-1), upper=False)
+        half_log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return white.square().sum((-2, -1)).to(inside.dtype), half_log_det.to(inside.dtype)
 
     def _explain(self, white: Tensor) -> Tensor:
         """``R_r V R_cᵀ``."""
@@ -220,11 +241,7 @@ def _cholesky(matrix: Tensor, where: str) -> Tensor:
     return factor
 
 
-def _spectrum(side: Side | None, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal basis of the range of ``P = R Rᵀ``, and its eigenvalues' distance from 1; none on an exact side."""
-    if side is None:
-        return torch.eye(size, dtype=like.dtype, device=like.device), like.new_zeros(size)
-    _, vectors = torch.linalg.eigh(side.map.mT @ side.map)
-    basis, tiny = side.map @ vectors, torch.finfo(vectors.dtype).tiny
-    norms = basis.square().sum(-2, keepdim=True).clamp(min=tiny).sqrt()
-    return basis / norms, (side.remainder.mT @ vectors).square().sum(-2).clamp(min=tiny)
+def _kronecker(left: Tensor, right: Tensor) -> Tensor:
+    """``left ⊗ right``, batched: of a matrix whose rows stand one after another, ``left`` acts on the rows."""
+    product = left[..., :, None, :, None] * right[..., None, :, None, :]
+    return product.flatten(-4, -3).flatten(-2, -1)

@@ -147,14 +147,16 @@ def test_a_point_mass_stands_at_the_conditional_mean() -> None:
         kl_divergence(q, InducedMatrixNormal(q.white, q.row, q.column, noise=torch.ones(LAYERS), colour=PLAIN))
 
 
-def test_gradients_reach_every_parameter() -> None:
-    """Law: a draw depends on V, Z, D and λ, also where the singular values of Z are equal."""
-    parameters = {
-        "V": torch.zeros(1, 3, 2),
-        "Z": torch.eye(2, COLUMNS).unsqueeze(0),
-        "log D": torch.zeros(1, 2),
-        "λ": torch.ones(1),
-    }
-    v, z, d, noise = (p.requires_grad_() for p in parameters.values())
-    InducedMatrixNormal(v, None, Side.of(z, d), noise=noise, colour=PLAIN).rsample().square().sum().backward()
-    assert all(torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in parameters.values())
+@pytest.mark.parametrize("of", ["a draw", "a density"])
+@pytest.mark.parametrize("which", ["column", "row column"])
+def test_gradients_reach_every_parameter(which: str, of: str) -> None:
+    """Law: draws and densities depend on V, Z, D and λ, with finite gradients where singular values of Z are equal."""
+    row = Side.of(torch.eye(2, ROWS).unsqueeze(0), torch.zeros(1, 2)) if "row" in which else None
+    v = torch.zeros(1, 2 if row else ROWS, 2)
+    z, d, noise = torch.eye(2, COLUMNS).unsqueeze(0), torch.zeros(1, 2), torch.ones(1)
+    parameters = [p.requires_grad_() for p in (v, z, d, noise)]
+    q = InducedMatrixNormal(v, row, Side.of(z, d), noise=noise, colour=PLAIN)
+    value = q.rsample().square() if of == "a draw" else q.log_prob(torch.randn(1, ROWS, COLUMNS))
+    value.sum().backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in parameters if p.grad is not None)
+    assert all(p.grad is not None for p in parameters)
