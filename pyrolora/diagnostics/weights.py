@@ -197,7 +197,7 @@ def judge_prior(posterior: Posterior, weights: Weights) -> Finding:
         effective = sum(row.get("effective", 0.0) for row in posterior.guide.describe().values())
         words = f"a Gaussian at the mode of {size:,} numbers, of which the data determine {effective:.1f} (effective "
         return Finding("prior", "fine", f"{words}parameters).", "", {"effective": effective})
-    if not np.isfinite(kl) or not size:
+    if weights.atoms or not np.isfinite(kl) or not size:
         why = f"point masses at {weights.atoms} have" if weights.atoms else "a random site with a flat prior has"
         return Finding("prior", "none", f"{why} no finite KL from the prior.")
     words = f"KL(q ‖ p) is {kl:.4g} nats: {kl / size:.2g} for each of {size:,} random numbers, {kl / examples:.2g} "

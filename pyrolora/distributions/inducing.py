@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyro.distributions as dist
@@ -88,8 +89,12 @@ class Colouring:
             return cls(prior.loc, one, prior.row_scale_tril, prior.column_scale_tril)
         base = prior.base_dist if isinstance(prior, dist.Independent) else prior
         if isinstance(base, dist.Normal):
-            return cls(base.loc, base.scale)
+            return cls(_narrow(base.loc), _narrow(base.scale))
         raise TypeError(f"{type(base).__name__} is not an affine map of white noise")
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Colouring:
+        """The map with its tensors elsewhere, or of another type."""
+        return Colouring(*(None if x is None else function(x) for x in (self.loc, self.scale, self.row, self.column)))  # type: ignore[arg-type]
 
     def __call__(self, white: Tensor) -> Tensor:
         """The map."""
@@ -233,12 +238,17 @@ def kl_induced(q: InducedMatrixNormal, p: InducedMatrixNormal) -> Tensor:
 
 def _cholesky(matrix: Tensor, where: str) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if bool(info.any()):
+    if info.device.type != "meta" and bool(info.any()):
         raise ValueError(
             f"{where}: the covariance of its inducing variables is not positive definite (rows of Z have become "
             "dependent or are not finite). Use fewer inducing variables, or a smaller learning rate"
         )
     return factor
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    """An expanded tensor without its copies: of size 1 where it was expanded."""
+    return tensor[tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())]
 
 
 def _kronecker(left: Tensor, right: Tensor) -> Tensor:

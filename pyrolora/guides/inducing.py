@@ -20,7 +20,7 @@ from pyrolora.guides.inducing_families import Diagonal, Ensemble, Family, Flow, 
 from pyrolora.priors.base import checked
 from pyrolora.program import Batch, Latent, PyroLoRA
 
-Structure = Literal["product", "factors"]
+Structure = Literal["factors", "product"]
 Posterior = Literal["diagonal", "matrix", "full", "flow", "ensemble"]
 Conditional = Literal["prior", "learned", "fixed"]
 
@@ -28,10 +28,12 @@ Conditional = Literal["prior", "learned", "fixed"]
 class Inducing(Guide):
     """Uncertainty in a small inducing matrix V per layer, from which the adapter matrices follow.
 
-    ``structure="factors"``: each random matrix ``W`` with a Gaussian prior ``W = s X``, ``X ~ N(0, I)``, gets inducing
-    variables ``V ~ N(0, I)`` with ``X | V ~ N(R_r V R_cᵀ, λ²(I − P_c ⊗ P_r))``, see `InducedMatrixNormal`. At λ = 1
-    this leaves the declared prior of W as it is. The side of W that is the rank is exact unless ``rank_size`` is less.
-    ``ELBO = data − KL(q(V) ‖ N(0, I)) − (m n / 2)(λ² − 1 − 2 log λ)`` per matrix; the last term is exact.
+    ``structure="factors"``: a sparse Gaussian process. Each random matrix ``W`` with a Gaussian prior ``W = s X``,
+    ``X ~ N(0, I)``, gets inducing variables ``V ~ N(0, I)`` with ``X | V ~ N(R_r V R_cᵀ, λ²(I − P_c ⊗ P_r))``, see
+    `InducedMatrixNormal`. At λ = 1, the default, q(W | V) is the prior's own conditional: whatever V does not say about
+    W is as uncertain as the prior has it, and costs nothing. The side of W that is the rank is exact unless
+    ``rank_size`` is less. ``ELBO = data − KL(q(V) ‖ N(0, I)) − (m n / 2)(λ² − 1 − 2 log λ)`` per matrix; the last term
+    is exact, and zero at λ = 1.
 
     ``structure="product"``: ``ΔW = s · T_r V T_c`` with one ``r × r`` matrix V per layer, ``V ~ N(0, I)``. ``T_r``
     stands in LoRA's B role and ``T_c`` in its A role, both point estimates under the priors declared for B and A (any
@@ -44,17 +46,20 @@ class Inducing(Guide):
     Extra sites: ``<site>.V``, and in product form ``<site>.T``; `augmented` gives the program that has them too.
 
     Args:
-        structure: ``"product"`` or ``"factors"``.
-        random: Pattern(s) of the adapter matrices that are random; the rest, and heads, get a point estimate.
+        structure: ``"factors"`` or ``"product"``.
+        random: Pattern(s) of the adapter matrices that are random; the rest, and heads, get a point estimate. In
+            factor form the noise of A is multiplied by B, which starts at zero, so that training starts at the base
+            model; noise in B, or in both, is felt from the first step.
         posterior: q(V): ``"diagonal"``, ``"matrix"`` (Kronecker), ``"full"``, ``"flow"`` or ``"ensemble"``.
         size: Inducing variables on the long side (``in_features`` of A, ``out_features`` of B); default the rank.
             Factors only, as the next three.
         rank_size: Inducing variables on the side of the rank; default exact.
-        conditional: λ: ``"prior"`` (1), ``"learned"`` or ``"fixed"``; default ``"learned"``.
+        conditional: λ: ``"prior"`` (1, the default), ``"learned"`` or ``"fixed"``.
         conditional_scale: λ where fixed, and where learned at the start.
         init_scale: σ_V at the start; the prior's is 1.
-        scale_learning_rate: Learning rate of all logarithms of scales (σ_V, λ, D) as a multiple of the weights'. σ_V
-            grows while B is near zero and nothing resists it: at 10 it is the prior's before anything is learnt.
+        scale_learning_rate: Learning rate of all logarithms of scales (σ_V, λ, D) as a multiple of the weights'. In
+            product form σ_V grows while B is near zero and nothing resists it: at 10 it is the prior's before anything
+            is learnt.
         depth: Number of flows of ``posterior="flow"``.
         members: Number of point masses of ``posterior="ensemble"``.
 
@@ -69,12 +74,12 @@ class Inducing(Guide):
     def __init__(
         self,
         *,
-        structure: Structure = "product",
+        structure: Structure = "factors",
         random: str | Sequence[str] = "*.A",
         posterior: Posterior = "diagonal",
         size: int | None = None,
         rank_size: int | None = None,
-        conditional: Conditional | None = None,
+        conditional: Conditional = "prior",
         conditional_scale: float = 0.1,
         init_scale: float = 0.1,
         scale_learning_rate: float = 7.0,
@@ -84,9 +89,8 @@ class Inducing(Guide):
         super().__init__(random=random)
         check_choice("Inducing: structure", structure, Structure)
         check_choice("Inducing: posterior", posterior, Posterior)
-        if conditional is not None:
-            check_choice("Inducing: conditional", conditional, Conditional)
-        if structure == "product" and not size is rank_size is conditional is None:
+        check_choice("Inducing: conditional", conditional, Conditional)
+        if structure == "product" and not (size is rank_size is None and conditional == "prior"):
             raise ValueError("Inducing: size, rank_size and conditional belong to structure='factors'")
         if not all(x > 0 for x in (init_scale, scale_learning_rate, conditional_scale, depth, members)):
             raise ValueError("Inducing: scales, the learning rate's factor, depth and members are positive")
@@ -102,6 +106,12 @@ class Inducing(Guide):
         self.log_diagonal = nn.ParameterDict()
         self.log_noise = nn.ParameterDict()
         self.colours: dict[str, Colouring] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Inducing:
+        # The declared priors are no parameters of the guide, and go where it goes.
+        super()._apply(fn, recurse)
+        self.colours = {name: colour.apply(fn) for name, colour in self.colours.items()}
+        return self
 
     # -- binding -----------------------------------------------------------------------------------------------------
 
@@ -146,7 +156,7 @@ class Inducing(Guide):
             z = _spanning(matrix, chosen, f"{latent.name}: {chosen} inducing {name}s")
             self.inducing[f"{key(latent)}/{name}"] = nn.Parameter(z)
             self.log_diagonal[f"{key(latent)}/{name}"] = nn.Parameter(z.new_full(z.shape[:-1], math.log(0.1)))
-        if self.conditional in (None, "learned") and self._has_sides(latent):
+        if self.conditional == "learned" and self._has_sides(latent):
             start = white.new_full(white.shape[:1], math.log(self.conditional_scale))
             self.log_noise[key(latent)] = nn.Parameter(start)
         with torch.no_grad():
@@ -261,7 +271,7 @@ class Inducing(Guide):
         if key(latent) in self.log_noise:
             return self.log_noise[key(latent)].exp()
         value = 1.0 if self.conditional == "prior" else self.conditional_scale
-        return latent.start.new_full(latent.shape[:1], value)
+        return next(self._family(latent).parameters()).new_full(latent.shape[:1], value)
 
     def _has_sides(self, latent: Latent) -> bool:
         return any(f"{key(latent)}/{name}" in self.inducing for name in ("row", "column"))

@@ -44,7 +44,9 @@ class Subspace(Inducing):
     ):
         if not prior_scale > 0:
             raise ValueError(f"Subspace: prior_scale is positive, not {prior_scale!r}")
-        super().__init__(random=random, init_scale=init_scale, scale_learning_rate=scale_learning_rate)
+        super().__init__(
+            structure="product", random=random, init_scale=init_scale, scale_learning_rate=scale_learning_rate
+        )
         self.prior_scale = prior_scale
 
     def _make(self, start: Tensor) -> Family:

@@ -32,11 +32,15 @@ MIXED = {"lora.query.A": ARD(0.1), "*.A": Hierarchical(0.2), "*.B": Flat(), "hea
 VARIANTS = (
     {
         "Ensemble, one": {"guide": guides.MeanField(), "size": 1},
-        "Ensemble, of posteriors": {"guide": [guides.MeanField(), guides.Inducing()]},
+        "Ensemble, of posteriors": {"guide": [guides.MeanField(), guides.Inducing(structure="product")]},
     }
     | {
-        f"Inducing, factors, {q}": {"structure": "factors", "random": "lora.*", "posterior": q}
-        for q in ("diagonal", "matrix", "full", "flow", "ensemble")
+        f"Inducing, {structure}, {q}": {"structure": structure, "random": "lora.*", "posterior": q}
+        for structure, families in {
+            "factors": ("diagonal", "matrix", "full", "flow", "ensemble"),
+            "product": ("diagonal", "flow"),
+        }.items()
+        for q in families
     }
     | {
         "MeanField, BLoB": {"noise": "flipout", "parametrisation": "square", "init_scale": 0.0125},

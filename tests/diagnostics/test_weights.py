@@ -67,7 +67,11 @@ def test_densities_add_up_by_site() -> None:
 
 @pytest.mark.parametrize(
     ("options", "numbers"),
-    [({}, 2 * 4), ({"structure": "factors", "size": 3}, 2 * (2 * 3 + 2 * 16)), ({"posterior": "ensemble"}, 0)],
+    [
+        ({"structure": "product"}, 2 * 4),
+        ({"size": 3}, 2 * (2 * 3 + 2 * 16)),
+        ({"structure": "product", "posterior": "ensemble"}, 0),
+    ],
     ids=["product", "factors", "ensemble"],
 )
 def test_random_numbers_of_inducing_guides(options: dict[str, Any], numbers: int) -> None:
@@ -163,8 +167,9 @@ def test_what_cannot_be_said() -> None:
     assert weights.natural and judge_noise(laplace, weights).level == "none"
     assert judge_prior(laplace, weights).numbers["effective"] > 0
     assert layer_table(laplace, weights)["kl"].isna().all()
-    ensemble = moved(Inducing(posterior="ensemble"))
-    assert judge_prior(ensemble, summarise(ensemble, 30)).level == "none"
+    for structure in ("factors", "product"):
+        ensemble = moved(Inducing(structure=structure, posterior="ensemble"))  # type: ignore[arg-type]
+        assert judge_prior(ensemble, summarise(ensemble, 30)).level == "none"
     point = moved(MAP())
     table = layer_table(point, summarise(point, 2))
     assert table["noise_to_mean"].isna().all() and table["effective_rank"].iloc[0] > 0

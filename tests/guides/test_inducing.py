@@ -25,8 +25,9 @@ from pyrolora.priors.normal import Normal
 from pyrolora.program import PyroLoRA
 from tests.programs import PRIORS, lora, sentence_task, tiny_bert, tiny_program
 
-FACTORS: dict[str, Any] = {"structure": "factors", "random": "lora.*"}
-BOTH = [{}, FACTORS]
+PRODUCT: dict[str, Any] = {"structure": "product"}
+FACTORS: dict[str, Any] = {"random": "lora.*"}
+BOTH = [PRODUCT, FACTORS]
 
 
 def trained(seed: int = 3) -> PyroLoRA:
@@ -48,12 +49,11 @@ def bound(program: PyroLoRA, **options: Any) -> Inducing:
 
 
 def shrink(guide: Inducing, sigma: float, noise: float) -> None:
-    """Sets σ_V and λ everywhere."""
+    """Sets σ_V and λ everywhere, whatever λ was to be."""
+    guide.conditional, guide.conditional_scale = "fixed", noise
     for family in guide.families.values():
         assert isinstance(family, Diagonal)
         family.log_scale.data.fill_(math.log(sigma))
-    for value in guide.log_noise.values():
-        value.data.fill_(math.log(noise))
 
 
 def whole_batch(program: PyroLoRA) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ def test_augmentation_keeps_the_declared_prior(size: int, correlation: float) ->
     program = tiny_program({"lora.query.A": declared, **PRIORS})
     # One inducing variable cannot hold PEFT's start of A, of rank two: stand at zero.
     program.latents["lora.query.A"].start.zero_()
-    guide = bound(program, structure="factors", random="lora.query.A", size=size, conditional="prior")
+    guide = bound(program, random="lora.query.A", size=size)
     with torch.no_grad(), isolated(2), poutine.block():
         for parameter in guide.inducing.values():
             parameter.add_(0.5 * torch.randn_like(parameter))
@@ -122,6 +122,28 @@ def test_augmentation_keeps_the_declared_prior(size: int, correlation: float) ->
     for layer in range(2):
         own = torch.cov(draws[:, layer].flatten(-2).T)
         assert torch.allclose(own, expected, atol=0.009)
+
+
+def test_what_the_inducing_variables_do_not_say_is_the_priors_and_free() -> None:
+    """Law: by default λ = 1: off the span of R a draw of A has the prior's variance, and only q(V) costs anything."""
+    program = trained()
+    guide = bound(program)
+    assert guide.random_sites() == ["lora.query.A", "lora.value.A"]
+    for family in guide.families.values():
+        assert isinstance(family, Diagonal)
+        family.log_scale.data.fill_(math.log(1e-6))
+    latent = program.latents["lora.query.A"]
+    _, column = guide._sides(latent)
+    assert column is not None
+    with torch.no_grad(), isolated(1), poutine.block():
+        draws = torch.stack([guide()[latent.name] for _ in range(2000)])
+        outside = torch.linalg.qr(column.map, mode="complete").Q[..., column.map.shape[-1] :]
+        spread = (draws @ outside).std(0)
+    assert torch.allclose(spread, torch.full_like(spread, 0.25), rtol=0.1)  # fan_in of 16
+    objective = Objective(program, guide)
+    objective(whole_batch(program))
+    assert objective.elbo.terms is not None
+    assert float(objective.elbo.terms.kl[latent.name]) == 0 < float(objective.elbo.terms.kl[f"{latent.name}.V"])
 
 
 def test_whitened_and_unwhitened_divergence_agree() -> None:
@@ -177,7 +199,7 @@ def test_factors_refuse_other_priors(reason: str) -> None:
     program = tiny_program({"*.A": REFUSED[reason], "*": Normal(0.1)})
     with pytest.raises(ValueError, match=rf"site 'lora\.query\.A': .*declare priors\.Normal .*{reason}"):
         bound(program, **FACTORS)
-    assert bound(program).random_sites() == ["lora.query.A", "lora.value.A"]
+    assert bound(program, **PRODUCT).random_sites() == ["lora.query.A", "lora.value.A"]
 
 
 # -- starts ------------------------------------------------------------------------------------------------------------
@@ -201,8 +223,8 @@ def test_sizes_that_cannot_hold_the_start_are_refused() -> None:
     with pytest.raises(ValueError, match="17 inducing columns for 16 columns"):
         bound(program, **FACTORS, size=17)
     with pytest.raises(ValueError, match="belong to structure='factors'"):
-        Inducing(size=3)
-    with pytest.raises(ValueError, match="structure is one of product, factors, not 'sum'"):
+        Inducing(**PRODUCT, size=3)
+    with pytest.raises(ValueError, match="structure is one of factors, product, not 'sum'"):
         Inducing(structure="sum")  # type: ignore[arg-type]
 
 
@@ -221,7 +243,7 @@ def test_product_multiplies_one_factor() -> None:
     """Law: ΔW = s T_r V T_c whichever factor is named; where both are, A has the V."""
     program = trained()
     for pattern, sites in (("*.A", "A"), ("*.B", "B"), ("*", "A"), ("lora.query.*", "A")):
-        guide = bound(program, random=pattern)
+        guide = bound(program, **PRODUCT, random=pattern)
         assert all(name.endswith(sites) for name in guide.random_sites())
         with poutine.block(), torch.no_grad():
             nodes: Any = poutine.trace(guide).get_trace().nodes
@@ -235,13 +257,13 @@ def test_product_multiplies_one_factor() -> None:
 def test_product_bears_flat_priors_and_prices_t_and_b_alone() -> None:
     """Law: with flat priors the only divergence is V's; the declared prior of A is that of T."""
     program = tiny_program({"*": Flat()})
-    guide = bound(program)
+    guide = bound(program, **PRODUCT)
     objective = Objective(program, guide)
     objective(whole_batch(program))
     assert objective.elbo.terms is not None
     assert {name for name, kl in objective.elbo.terms.kl.items() if kl != 0} == {"lora.query.A.V", "lora.value.A.V"}
     declared = trained()
-    objective = Objective(declared, bound(declared))
+    objective = Objective(declared, bound(declared, **PRODUCT))
     objective(whole_batch(declared))
     assert objective.elbo.terms is not None
     value = declared.latents["lora.query.A"].start
@@ -288,7 +310,7 @@ def test_log_scales_have_their_own_learning_rate() -> None:
 def test_members_of_an_ensemble_are_whole_models() -> None:
     """Law: one draw uses the same member at every site and layer."""
     program = trained()
-    guide = bound(program, posterior="ensemble", members=3)
+    guide = bound(program, **PRODUCT, posterior="ensemble", members=3)
     with isolated(0), torch.no_grad(), poutine.block():
         for _ in range(10):
             nodes: Any = poutine.trace(guide).get_trace().nodes

@@ -76,7 +76,8 @@ def test_a_posterior_describes_itself(caplog: pytest.LogCaptureFixture) -> None:
     """Law: the guide's own numbers for each site and the noise for each kind; a point estimate has none."""
     rows = moved(Inducing()).describe()
     assert set(rows) == {"lora.query.A", "lora.value.A", "lora.query", "lora.value"}
-    assert set(rows["lora.query.A"]) == {"sigma_V", "kl_V", "effective"}
+    assert set(rows["lora.query.A"]) == {"sigma_V", "lambda", "kl_V", "kl_conditional", "effective"}
+    assert set(moved(Inducing(structure="product")).describe()["lora.query.A"]) == {"sigma_V", "kl_V", "effective"}
     assert rows["lora.query"]["noise_to_mean"] > 0
     assert moved(MAP()).describe() == {}
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]

@@ -291,7 +291,7 @@ def test_logits_of_next_tokens_are_of_one_length() -> None:
     whole = task.train.filter(lambda row: len(row["input_ids"]) == 8)
     values = posterior.logits(whole, 2, batch_size=1)
     assert values.shape == (2, len(whole), 7, len(tokenizer()))
-    assert torch.allclose(values, posterior.logits(whole, 2), atol=1e-5)
+    assert torch.allclose(values, posterior.logits(whole, 2), atol=1e-4)
     assert 0 < len(whole) < len(task.train)
     for batch_size in (1, 32):
         with pytest.raises(ValueError, match=r"Use log_likelihood, or\s.*token_uncertainty"):

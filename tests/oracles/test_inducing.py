@@ -13,7 +13,7 @@ from pyrolora.inference.randomness import isolated
 from tests.programs import LinearGaussian, linear_gaussian
 
 SITE = "lora.linear.A"
-OPTIONS = {"structure": "factors", "random": "*.A", "posterior": "full"}
+OPTIONS = {"random": "*.A", "posterior": "full"}
 
 
 def bound(truth: LinearGaussian, **options: object) -> Inducing:
