@@ -36,8 +36,9 @@ class MeanField(Guide):
             multiplied by B, which starts at zero, so that training starts at the base model whatever σ is.
         init_scale: σ at the start as a fraction of the prior's (root mean square) standard deviation; a fraction c
             starts the KL at ``−log c − ½`` nats for every weight. At 1 the noise hides the signal from the gradient.
-        scale_learning_rate: Learning rate of ``log σ`` as a multiple of that of ``μ``: Adam moves a logarithm by
-            about its rate a step, so that at the weights' own rate σ would still stand where it started.
+        scale_learning_rate: Learning rate of ``log σ``, and of the hyper-parameters of priors, as a multiple of that
+            of ``μ``: Adam moves a logarithm by about its rate a step, so that at the weights' own rate σ and the
+            scales of a prior would still stand where they started.
         noise: ``"weight"``: one draw for the whole batch. The others are added in activation space, see
             `bottleneck_noise`: errors of the gradient average out over the batch. ``"example"``: an independent draw
             for each sequence, shared by its tokens (and, in multiple choice, by its choices): the same expected
@@ -124,7 +125,8 @@ class MeanField(Guide):
         return biject_to(latent.support)(self.loc[key(latent)])
 
     def parameter_groups(self, learning_rate: float) -> list[dict]:
-        scales = [*self.log_scale.parameters(), *self.root_scale.parameters()]
+        hypers = [self.loc[name] for name in map(key, filter(self._is_hyper, self.latents.values())) if name in self.loc]
+        scales = [*self.log_scale.parameters(), *self.root_scale.parameters(), *hypers]
         own = {id(p) for p in scales}
         rest = [p for p in self.parameters() if id(p) not in own]
         return [

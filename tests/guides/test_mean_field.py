@@ -23,11 +23,11 @@ from pyrolora.inference.randomness import isolated
 from pyrolora.likelihoods.categorical import Categorical
 from pyrolora.priors.base import Prior
 from pyrolora.priors.flat import Flat
-from pyrolora.priors.hierarchical import Hierarchical, Horseshoe
+from pyrolora.priors.hierarchical import ARD, Hierarchical, Horseshoe
 from pyrolora.priors.matrix_normal import MatrixNormal
 from pyrolora.priors.normal import Normal
 from pyrolora.program import PyroLoRA
-from tests.programs import linear_gaussian, lora, sentence_task, tiny_program
+from tests.programs import PRIORS, linear_gaussian, lora, sentence_task, tiny_program
 
 SITE = "lora.query.A"
 
@@ -154,13 +154,15 @@ def test_first_noise_is_a_fraction_of_the_priors() -> None:
 
 
 def test_scales_learn_at_their_own_rate() -> None:
-    """Law: log σ has scale_learning_rate times the learning rate; means and point estimates have the rate itself."""
+    """Law: log σ and a prior's own scales have scale_learning_rate times the rate that weights and points have."""
     guide = MeanField(random="*.A", scale_learning_rate=7.0)
-    guide.bind(tiny_program())
+    guide.bind(tiny_program({**PRIORS, "*.A": ARD(0.1)}))
     rates = {id(p): group["lr"] for group in guide.parameter_groups(1e-3) for p in group["params"]}
-    assert {rates[id(p)] for p in guide.log_scale.values()} == {7.0 * 1e-3}
-    assert {rates[id(p)] for p in [*guide.loc.values(), *guide.points.values()]} == {1e-3}
-    assert len(guide.points) == 4
+    hypers = {name: loc for name, loc in guide.loc.items() if name.endswith("scale")}
+    weights = [loc for name, loc in guide.loc.items() if name not in hypers]
+    assert (len(hypers), len(weights), len(guide.points)) == (2, 2, 4)
+    assert {rates[id(p)] for p in [*guide.log_scale.values(), *hypers.values()]} == {7.0 * 1e-3}
+    assert {rates[id(p)] for p in [*weights, *guide.points.values()]} == {1e-3}
 
 
 @contextmanager
