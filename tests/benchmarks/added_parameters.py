@@ -25,10 +25,10 @@ GUIDES: dict[str, Guide] = {
     "MeanField over A": MeanField(),
     "BLoB": MeanField.blob(),
     "InputAdaptive": InputAdaptive(),
-    "Inducing, product": Inducing(),
-    "Inducing, factors over A and B, 8 inducing": Inducing(structure="factors", random="lora.*"),
-    "Inducing, factors over A and B, 9 inducing": Inducing(structure="factors", random="lora.*", size=9),
-    "Inducing, factors over B, 9 inducing": Inducing(structure="factors", random="*.B", size=9),
+    "Inducing over A, 8 inducing variables": Inducing(),
+    "Inducing over A and B, 8 inducing variables": Inducing(random="lora.*"),
+    "Inducing over A and B, 9 inducing variables": Inducing(random="lora.*", size=9),
+    "Inducing, product": Inducing(structure="product"),
     "Laplace": Laplace(),
 }
 

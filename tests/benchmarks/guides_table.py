@@ -5,11 +5,12 @@ Run: python tests/benchmarks/guides_table.py --tasks commonsense sst2 cola clinc
 FOLDER is that of sweep.py. Each guide has the prior and temperature under which its kind was found to learn:
     B.yaml        A flat, B ~ N(0, s²), head ~ N(0, 1), β = 1: point estimates and what is built around them, and noise
                   in few numbers. With a prior on A too, A = B = 0 is a mode of the posterior, and MAP ends there.
+    sparse.yaml   A ~ N(0, 0.07²), B flat, head ~ N(0, 1), β = 1: a sparse Gaussian process over A.
     A.yaml        A ~ N(0, 0.2²), B flat, head ~ N(0, 1), β = 0.05: noise in every weight of A.
     flat.yaml     no prior but that of the noise, β = 1: input-adaptive noise as published, ensembles of plain LoRA.
     dropout.yaml  as B.yaml, over adapters with LoRA's dropout, which all others are without.
-A task's comparison is one command, `pyrolora compare B.yaml A.yaml flat.yaml dropout.yaml`, which is printed; called
-again, with more guides or seeds too, it continues. With --write-only nothing is fitted. At the end, and with
+A task's comparison is one command, `pyrolora compare B.yaml sparse.yaml A.yaml flat.yaml dropout.yaml`, which is
+printed; called again, with more guides or seeds too, it continues. With --write-only nothing is fitted. At the end, and with
 --table-only alone, table.md in OUTPUT has all results that are there: means over seeds with the hull of all 95 %
 intervals, sorted by NLL. A fit's cost is in fits of one point estimate, of which the median over methods is taken: on a
 machine that does other things too a single one says little.
@@ -36,18 +37,19 @@ GUIDES: dict[str, dict[str, dict[str, Any]]] = {
     "B": {
         "MAP": {},
         "Laplace": {},
-        "Inducing": {"scale_learning_rate": 7.0},
-        "InputAdaptive": {},
         "Subspace": {},
+        "Product": {"class_path": "Inducing", "init_args": {"structure": "product"}},
         "TFB": {"optimise": True},
         "SWAG": {},
         "Checkpoints": {},
         "Ensemble": {"guide": "MAP", "size": 5},
     },
+    "sparse": {"Inducing": {}, "MAP": {}},
     "A": {"MeanField": {}, "BLoB": {"class_path": "MeanField", "init_args": BLOB}, "SGLD": {}, "MAP": {}},
     "flat": {"InputAdaptive": {}, "Ensemble": {"guide": "MAP", "size": 5}},
     "dropout": {"Dropout": {}},
 }
+SCALES_OF_A = {"sparse": 0.07, "A": 0.2}
 NAMES = {name for configured in GUIDES.values() for name in configured}
 
 
@@ -63,8 +65,8 @@ def recipe(
         **({"dtype": dtype} if dtype else {}),
         "adapter": {**adapter, "lora_dropout": 0.1 if kind == "dropout" else 0.0},
         "priors": {
-            "*.A": normal(0.2) if kind == "A" else FLAT,
-            "*.B": FLAT if kind in ("A", "flat") else normal(SCALE_OF_B[name]),
+            "*.A": normal(SCALES_OF_A[kind]) if kind in SCALES_OF_A else FLAT,
+            "*.B": normal(SCALE_OF_B[name]) if kind in ("B", "dropout") else FLAT,
             "head.*": FLAT if kind == "flat" else normal(1.0),
         },
         "guides": GUIDES[kind],

@@ -39,7 +39,7 @@ from pyrolora.priors.normal import Normal
 from pyrolora.program import PyroLoRA, evaluating
 
 PLAIN = "plain LoRA"
-STEPS = ["MAP", "MeanField", "Inducing", "Inducing, factors", "BLoB", "InputAdaptive"]
+STEPS = ["MAP", "MeanField", "Inducing", "Inducing, product", "BLoB", "InputAdaptive"]
 
 
 def shapes() -> dict[str, Callable[[], PretrainedConfig]]:

@@ -64,7 +64,7 @@ WAVES = ("calm", "rough", "high", "smooth")
 METHODS: Mapping[str, tuple[Guide, Prior, Prior, float]] = {
     "plain LoRA": (guides.MAP(), Flat(), Flat(), 0.0),
     "MeanField": (guides.MeanField(), Normal(0.2), Flat(), 0.05),
-    "Inducing": (guides.Inducing(), Flat(), Normal(0.05), 1.0),
+    "Inducing": (guides.Inducing(), Normal("fan_in"), Flat(), 1.0),
 }
 
 

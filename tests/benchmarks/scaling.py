@@ -154,10 +154,11 @@ def axes() -> dict[str, Axis]:
             (4, 8, 16, 32, 64),
             {
                 "MeanField": sampling(lambda: MeanField(random="*"), width=512, layers=8),
-                "Inducing, product": sampling(Inducing, width=512, layers=8),
+                "Inducing": sampling(Inducing, width=512, layers=8),
+                "Inducing, product": sampling(lambda: Inducing(structure="product"), width=512, layers=8),
             },
-            {"MeanField": 1.0, "Inducing, product": 2.0},
-            "mean field draws r (d_in + d_out) numbers a module; T_r V T_c takes r² products for each of d_in columns",
+            {"MeanField": 1.0, "Inducing": 2.0, "Inducing, product": 2.0},
+            "mean field draws r (d_in + d_out) numbers a module; V takes r² products for each of d_in columns",
         ),
         "draws": Axis(
             (1, 2, 4, 8, 16),

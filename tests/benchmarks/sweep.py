@@ -82,12 +82,12 @@ def inducing(**options: Any) -> Configuration:
     return Configuration("Inducing", options, **own)
 
 
+def product(**options: Any) -> Configuration:
+    return inducing(structure="product", **options)
+
+
 def factors(**options: Any) -> Configuration:
-    return inducing(**{"structure": "factors", "random": "*.B", "b": 0.1, **options})
-
-
-def factors_of_a(**options: Any) -> Configuration:
-    return inducing(**{"structure": "factors", "conditional": "prior", "a": 0.05, **options})
+    return inducing(**{"structure": "factors", "conditional": "prior", "a": 0.07, **options})
 
 
 BLOB = {"noise": "flipout", "parametrisation": "square", "init_scale": 0.0125, "scale_learning_rate": 1.0}
@@ -99,6 +99,7 @@ def adaptive(**options: Any) -> Configuration:
 
 
 LORA = Configuration(head=None)
+OVER_B: dict[str, Any] = {"random": "*.B", "a": None, "b": 0.07}
 SWEEPS = {
     "defaults": [
         LORA,
@@ -115,55 +116,47 @@ SWEEPS = {
     "shared": [  # one declared prior for all guides
         *(Configuration(a=a, b=b) for a in (0.2, 0.5) for b in (0.05, 0.1)),
         *(mean_field("*.A", 0.03, a=a, b=b) for a in (0.2, 0.5) for b in (0.05, 0.1)),
-        *(inducing(a=a, b=b) for a in (0.2, 0.5) for b in (0.05, 0.1)),
-        inducing(a=0.2),
+        *(product(a=a, b=b) for a in (0.2, 0.5) for b in (0.05, 0.1)),
+        product(a=0.2),
         *(Configuration(a=0.2, b=0.1, adam_epsilon=e) for e in (1e-3, 1e-4)),
         *(mean_field("*.A", beta, a=0.2, adam_epsilon=1e-3) for beta in (1.0, 0.1)),
         *(mean_field("*.A", beta, a=0.2) for beta in (0.1, 0.05, 0.03)),
         *(Configuration(a=0.2, temperature=beta) for beta in (1.0, 0.1, 0.05, 0.03)),
     ],
-    "inducing": [  # at β = 1: the prior's scale, its rate of learning σ, the family of q(V), the other structure
+    "inducing": [  # at β = 1: over A with B flat, over B with A flat, and in product form
         LORA,
+        Configuration(a=0.07),
+        *(factors(a=a) for a in (0.02, 0.03, 0.05, 0.07, 0.1, 0.2)),
+        *(factors(a=a, conditional="learned") for a in (0.07, 0.2)),
+        factors(conditional="fixed", conditional_scale=0.01),
+        *(factors(size=size) for size in (16, 64)),
+        *(factors(posterior=q) for q in ("matrix", "full", "flow", "ensemble")),
+        factors(posterior="ensemble", members=1),
+        factors(head=None),
+        *(factors(rank=rank) for rank in (4, 16)),
+        factors(epochs=60),
         *(Configuration(b=b) for b in (0.05, 0.07, 0.1)),
-        *(inducing(b=b, scale_learning_rate=rate) for b in (0.05, 0.07, 0.1) for rate in (5.0, 7.0, 10.0)),
-        *(inducing(b=0.07, scale_learning_rate=7.0, posterior=q) for q in ("matrix", "full", "flow", "ensemble")),
-        inducing(b=0.07, scale_learning_rate=7.0, random="*.B"),
-        *(factors(b=b, conditional=c) for c in ("prior", "learned") for b in (0.02, 0.07)),
-        *(factors(b=0.07, conditional="fixed", conditional_scale=x) for x in (0.01, 0.1)),
-        *(factors(b=0.07, conditional="fixed", conditional_scale=0.01, size=size) for size in (16, 64)),
-        *(
-            factors(b=0.07, conditional="fixed", conditional_scale=x, posterior="ensemble", members=1)
-            for x in (0.1, 0.3)
-        ),
-        *(inducing(b=0.07, scale_learning_rate=7.0, rank=rank) for rank in (4, 16)),
+        *(factors(**OVER_B, conditional=c) for c in ("prior", "learned")),
+        *(factors(**OVER_B, conditional="fixed", conditional_scale=0.01, size=size) for size in (8, 64)),
+        *(product(b=b, scale_learning_rate=rate) for b in (0.05, 0.07, 0.1) for rate in (5.0, 7.0, 10.0)),
+        *(product(b=0.07, posterior=q) for q in ("matrix", "full", "flow", "ensemble")),
+        *(product(b=0.07, rank=rank) for rank in (4, 16)),
     ],
-    "factors": [  # at β = 1, over A with B flat: the prior's scale, λ, the number of inducing variables, q(V)
-        LORA,
-        *(factors_of_a(a=a) for a in (0.02, 0.03, 0.05, 0.07, 0.1, 0.2)),
-        *(factors_of_a(a=a, conditional="learned") for a in (0.05, 0.1, 0.2)),
-        *(factors_of_a(a=a, conditional="fixed", conditional_scale=x) for a, x in ((0.05, 0.01), (0.05, 0.3))),
-        *(factors_of_a(size=size) for size in (16, 64)),
-        *(factors_of_a(posterior=q) for q in ("matrix", "full", "flow", "ensemble")),
-        *(factors_of_a(scale_learning_rate=rate) for rate in (2.0, 20.0)),
-        factors_of_a(head=None),
-        factors_of_a(posterior="ensemble", members=1),
-        *(factors_of_a(rank=rank) for rank in (4, 16)),
-        Configuration(a=0.05),
-    ],
-    "adaptive": [  # θ under the prior of MAP: the dropout rate p, β, the KL's scale; then features and kinds of noise
+    "adaptive": [  # no prior but that of the noise, as published: the dropout rate p, the kind of noise, the KL's scale
         LORA,
         Configuration("Ensemble", {"size": 5}, head=None),
+        *(adaptive(head=None, rate=p) for p in (0.1, 0.5, 0.8)),
+        *(adaptive(head=None, rate=p, noise="weight") for p in (0.5, 0.8, 0.9)),
+        adaptive(head=None, rate=0.8, noise="example"),
+        adaptive(head=None, rate=0.8, noise="weight", kl="sum"),
+        adaptive(head=None, rate=0.8, noise="weight", features="backbone"),
+        adaptive(head=None, rate=0.8, noise="weight", temperature=0.1),
+        # Then θ under the prior of MAP.
         Configuration(b=0.07),
-        inducing(b=0.07, scale_learning_rate=7.0),
-        Configuration(a=0.2, temperature=0.05),
-        mean_field("*.A", 0.05, a=0.2),
-        Configuration("MeanField", BLOB, a=0.2, temperature=0.05),
-        *(adaptive(b=0.07, rate=p, temperature=beta) for p in (0.05, 0.1, 0.2, 0.5) for beta in (1.0, 0.1)),
+        *(adaptive(b=0.07, rate=p, temperature=beta) for p in (0.1, 0.2, 0.5) for beta in (1.0, 0.1)),
         *(adaptive(b=0.07, rate=p, kl="sum") for p in (0.1, 0.5)),
         adaptive(b=0.07, features="backbone"),
-        *(adaptive(b=0.07, noise=noise) for noise in ("example", "flipout", "weight")),
         adaptive(a=0.2, prior="declared", temperature=0.05),
-        *(adaptive(b=0.07, rate=0.8, kl=kl) for kl in ("mean", "sum")),
     ],
 }
 

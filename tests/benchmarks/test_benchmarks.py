@@ -45,7 +45,7 @@ def test_large_shapes(tmp_path: Path) -> None:
     assert found.keys() == {"device", "tiny", "tiny-moe"}
     for shape in ("tiny", "tiny-moe"):
         assert found[shape].keys() == {"seconds", "gibibytes", "step", "predict"} and found[shape]["seconds"] > 0
-        methods = {"plain LoRA", "MAP", "MeanField", "Inducing", "Inducing, factors", "BLoB", "InputAdaptive"}
+        methods = {"plain LoRA", "MAP", "MeanField", "Inducing", "Inducing, product", "BLoB", "InputAdaptive"}
         assert found[shape]["step"].keys() == methods
         assert found[shape]["predict"].keys() == {"1 draws", "2 draws", "Laplace, fit", "Laplace, prediction"}
         for row in [*found[shape]["step"].values(), *found[shape]["predict"].values()]:

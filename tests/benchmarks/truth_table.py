@@ -74,7 +74,9 @@ def guides_of(model: str) -> dict[str, Guide]:
             "Dropout": Dropout(),
             "TFB after MAP": TFB(optimise=True),
             "Subspace": Subspace(scale_learning_rate=2.0),
-            "Inducing, product": Inducing(scale_learning_rate=2.0),
+            "Inducing": Inducing(scale_learning_rate=2.0),
+            "Inducing, A and B": Inducing(random="lora.*", scale_learning_rate=2.0),
+            "Inducing, product": Inducing(structure="product", scale_learning_rate=2.0),
         }
     return found
 
