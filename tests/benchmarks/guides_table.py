@@ -10,8 +10,8 @@ FOLDER is that of sweep.py. Each guide has the prior and temperature under which
     flat.yaml     no prior but that of the noise, β = 1: input-adaptive noise as published, ensembles of plain LoRA.
     dropout.yaml  as B.yaml, over adapters with LoRA's dropout, which all others are without.
 A task's comparison is one command, `pyrolora compare B.yaml sparse.yaml A.yaml flat.yaml dropout.yaml`, which is
-printed; called again, with more guides or seeds too, it continues. With --write-only nothing is fitted. At the end, and with
---table-only alone, table.md in OUTPUT has all results that are there: means over seeds with the hull of all 95 %
+printed; called again, with more guides or seeds too, it continues. With --write-only nothing is fitted. At the end, and
+with --table-only alone, table.md in OUTPUT has all results that are there: means over seeds with the hull of all 95 %
 intervals, sorted by NLL. A fit's cost is in fits of one point estimate, of which the median over methods is taken: on a
 machine that does other things too a single one says little.
 """
