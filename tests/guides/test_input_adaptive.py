@@ -292,8 +292,8 @@ def clear_and_noisy(size: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.bernoulli(probability).long(), noisy
 
 
-@pytest.mark.parametrize("noise", ["local", "example"])
-def test_alpha_ranks_inputs_by_the_noise_of_their_labels(noise: str) -> None:
+@pytest.mark.parametrize(("noise", "rate"), [("local", 0.1), ("example", 0.1), ("weight", 0.8)])
+def test_alpha_ranks_inputs_by_the_noise_of_their_labels(noise: str, rate: float) -> None:
     """Law: where the noisy labels' features say nothing, α stays at the prior's ς, and is less where the weights
     matter: its ranking of new inputs agrees with the true noise, AUROC above 0.8."""
     with isolated(1):
@@ -301,7 +301,7 @@ def test_alpha_ranks_inputs_by_the_noise_of_their_labels(noise: str) -> None:
         lora = LoraConfig(r=2, lora_alpha=4, target_modules=["linear"])
         base = LinearModel(torch.zeros(2, 8))
         program = PyroLoRA(base, lora, priors={"*": Flat()}, likelihood=Categorical(2), num_data=600)
-        guide = InputAdaptive(noise=noise)  # type: ignore[arg-type]
+        guide = InputAdaptive(noise=noise, rate=rate)  # type: ignore[arg-type]
         guide.bind(program)
         objective, batch = Objective(program, guide, 0.1), {"x": x, "labels": y}
         optimiser = torch.optim.Adam(guide.parameter_groups(1e-2))
