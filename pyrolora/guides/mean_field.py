@@ -125,9 +125,7 @@ class MeanField(Guide):
         return biject_to(latent.support)(self.loc[key(latent)])
 
     def parameter_groups(self, learning_rate: float) -> list[dict]:
-        hypers = [
-            self.loc[name] for name in map(key, filter(self._is_hyper, self.latents.values())) if name in self.loc
-        ]
+        hypers = [self.loc[key(h)] for h in self.latents.values() if self._is_hyper(h) and key(h) in self.loc]
         scales = [*self.log_scale.parameters(), *self.root_scale.parameters(), *hypers]
         own = {id(p) for p in scales}
         rest = [p for p in self.parameters() if id(p) not in own]

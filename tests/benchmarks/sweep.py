@@ -95,7 +95,7 @@ BLOB = {"noise": "flipout", "parametrisation": "square", "init_scale": 0.0125, "
 
 def adaptive(**options: Any) -> Configuration:
     own = {name: options.pop(name) for name in ("a", "b", "head", "temperature") if name in options}
-    return Configuration("InputAdaptive", options, **own)
+    return Configuration("InputAdaptive", {"rate": 0.8, "noise": "weight", **options}, **own)
 
 
 LORA = Configuration(head=None)
@@ -145,18 +145,18 @@ SWEEPS = {
     "adaptive": [  # no prior but that of the noise, as published: the dropout rate p, the kind of noise, the KL's scale
         LORA,
         Configuration("Ensemble", {"size": 5}, head=None),
-        *(adaptive(head=None, rate=p) for p in (0.1, 0.5, 0.8)),
-        *(adaptive(head=None, rate=p, noise="weight") for p in (0.5, 0.8, 0.9)),
-        adaptive(head=None, rate=0.8, noise="example"),
-        adaptive(head=None, rate=0.8, noise="weight", kl="sum"),
-        adaptive(head=None, rate=0.8, noise="weight", features="backbone"),
-        adaptive(head=None, rate=0.8, noise="weight", temperature=0.1),
+        *(adaptive(head=None, rate=p) for p in (0.5, 0.8, 0.9)),
+        *(adaptive(head=None, rate=p, noise="local") for p in (0.1, 0.5, 0.8)),
+        adaptive(head=None, noise="example"),
+        adaptive(head=None, kl="sum"),
+        adaptive(head=None, features="backbone"),
+        adaptive(head=None, temperature=0.1),
         # Then θ under the prior of MAP.
         Configuration(b=0.07),
-        *(adaptive(b=0.07, rate=p, temperature=beta) for p in (0.1, 0.2, 0.5) for beta in (1.0, 0.1)),
-        *(adaptive(b=0.07, rate=p, kl="sum") for p in (0.1, 0.5)),
-        adaptive(b=0.07, features="backbone"),
-        adaptive(a=0.2, prior="declared", temperature=0.05),
+        *(adaptive(b=0.07, rate=p, noise="local", temperature=beta) for p in (0.1, 0.2, 0.5) for beta in (1.0, 0.1)),
+        *(adaptive(b=0.07, rate=p, noise="local", kl="sum") for p in (0.1, 0.5)),
+        adaptive(b=0.07, rate=0.1, noise="local", features="backbone"),
+        adaptive(a=0.2, prior="declared", noise="local", temperature=0.05),
     ],
 }
 
