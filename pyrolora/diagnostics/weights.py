@@ -248,11 +248,13 @@ def _divergences(
 def _numbers(
     q: Mapping[str, Any], p: Mapping[str, Any], latents: Mapping[str, Any], random: set[str]
 ) -> dict[str, int]:
-    """How many numbers are random at each random site; a value that others fix (a matrix given its V) has none."""
+    """How many numbers are random at each random site: none where others fix them (W given V in product form), nor
+    where they are as in the prior by construction (W given V at λ = 1)."""
     found: dict[str, int] = dict.fromkeys(random, 0)
     for name, site in q.items():
         owner = owner_of(name, latents)
-        fixed = isinstance(site["fn"], Delta) or not bool(site["log_prob"].any() or p[name]["log_prob"].any())
+        given = name in latents and any(other.startswith(f"{name}.") for other in q)
+        fixed = isinstance(site["fn"], Delta) or (given and torch.equal(site["log_prob"], p[name]["log_prob"]))
         if owner in random and not fixed:
             found[owner] += site["value"].numel()
     return found

@@ -86,7 +86,7 @@ class Colouring:
         """
         if isinstance(prior, MatrixNormal):
             one = torch.ones_like(prior.loc[..., :1, :1])
-            return cls(prior.loc, one, prior.row_scale_tril, prior.column_scale_tril)
+            return cls(_narrow(prior.loc), one, prior.row_scale_tril, prior.column_scale_tril)
         base = prior.base_dist if isinstance(prior, dist.Independent) else prior
         if isinstance(base, dist.Normal):
             return cls(_narrow(base.loc), _narrow(base.scale))
@@ -94,7 +94,8 @@ class Colouring:
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Colouring:
         """The map with its tensors elsewhere, or of another type."""
-        return Colouring(*(None if x is None else function(x) for x in (self.loc, self.scale, self.row, self.column)))  # type: ignore[arg-type]
+        factors = (None if factor is None else function(factor) for factor in (self.row, self.column))
+        return Colouring(function(self.loc), function(self.scale), *factors)
 
     def __call__(self, white: Tensor) -> Tensor:
         """The map."""

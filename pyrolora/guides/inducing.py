@@ -55,7 +55,8 @@ class Inducing(Guide):
             Factors only, as the next three.
         rank_size: Inducing variables on the side of the rank; default exact.
         conditional: λ: ``"prior"`` (1, the default), ``"learned"`` or ``"fixed"``.
-        conditional_scale: λ where fixed, and where learned at the start.
+        conditional_scale: λ where fixed, and where learned at the start; default 0.1. There is none to give at
+            ``"prior"``.
         init_scale: σ_V at the start; the prior's is 1.
         scale_learning_rate: Learning rate of all logarithms of scales (σ_V, λ, D) as a multiple of the weights'. In
             product form σ_V grows while B is near zero and nothing resists it: at 10 it is the prior's before anything
@@ -69,7 +70,7 @@ class Inducing(Guide):
     Source: Lin et al. 2026 (arXiv 2601.21003); Ritter et al. 2021 (FFG-U, Ens-U).
     """
 
-    card = Card("a small inducing matrix for each layer", "1 a step", "S")
+    card = Card("A: a small inducing matrix for each layer, the rest as its prior", "1 a step", "S")
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class Inducing(Guide):
         size: int | None = None,
         rank_size: int | None = None,
         conditional: Conditional = "prior",
-        conditional_scale: float = 0.1,
+        conditional_scale: float | None = None,
         init_scale: float = 0.1,
         scale_learning_rate: float = 7.0,
         depth: int = 1,
@@ -92,7 +93,9 @@ class Inducing(Guide):
         check_choice("Inducing: conditional", conditional, Conditional)
         if structure == "product" and not (size is rank_size is None and conditional == "prior"):
             raise ValueError("Inducing: size, rank_size and conditional belong to structure='factors'")
-        if not all(x > 0 for x in (init_scale, scale_learning_rate, conditional_scale, depth, members)):
+        if conditional == "prior" and conditional_scale is not None:
+            raise ValueError("Inducing: conditional_scale is λ where conditional is 'learned' or 'fixed'; now λ = 1")
+        if not all(x > 0 for x in (init_scale, scale_learning_rate, conditional_scale or 1, depth, members)):
             raise ValueError("Inducing: scales, the learning rate's factor, depth and members are positive")
         self.structure, self.posterior, self.size, self.rank_size = structure, posterior, size, rank_size
         self.conditional, self.conditional_scale = conditional, conditional_scale
@@ -118,8 +121,9 @@ class Inducing(Guide):
     def bind(self, program: PyroLoRA) -> None:
         self._reset()
         if self.structure == "factors":
-            for latent in program.latents.values():
-                if self._wanted(latent) and not latent.flat:
+            wanted = [latent for latent in program.latents.values() if self._wanted(latent)]
+            for latent in wanted:
+                if not latent.flat or all(each.flat for each in wanted):  # all flat: an error that says what to do
                     self.colours[latent.name] = _colouring(program, latent)
         super().bind(program)
 
@@ -157,7 +161,7 @@ class Inducing(Guide):
             self.inducing[f"{key(latent)}/{name}"] = nn.Parameter(z)
             self.log_diagonal[f"{key(latent)}/{name}"] = nn.Parameter(z.new_full(z.shape[:-1], math.log(0.1)))
         if self.conditional == "learned" and self._has_sides(latent):
-            start = white.new_full(white.shape[:1], math.log(self.conditional_scale))
+            start = white.new_full(white.shape[:1], math.log(self._conditional_scale))
             self.log_noise[key(latent)] = nn.Parameter(start)
         with torch.no_grad():
             row, column = self._sides(latent)
@@ -270,8 +274,12 @@ class Inducing(Guide):
             return None
         if key(latent) in self.log_noise:
             return self.log_noise[key(latent)].exp()
-        value = 1.0 if self.conditional == "prior" else self.conditional_scale
+        value = 1.0 if self.conditional == "prior" else self._conditional_scale
         return next(self._family(latent).parameters()).new_full(latent.shape[:1], value)
+
+    @property
+    def _conditional_scale(self) -> float:
+        return 0.1 if self.conditional_scale is None else self.conditional_scale
 
     def _has_sides(self, latent: Latent) -> bool:
         return any(f"{key(latent)}/{name}" in self.inducing for name in ("row", "column"))

@@ -36,8 +36,8 @@ class MeanField(Guide):
             multiplied by B, which starts at zero, so that training starts at the base model whatever σ is.
         init_scale: σ at the start as a fraction of the prior's (root mean square) standard deviation; a fraction c
             starts the KL at ``−log c − ½`` nats for every weight. At 1 the noise hides the signal from the gradient.
-        scale_learning_rate: Learning rate of ``log σ``, and of the hyper-parameters of priors, as a multiple of that
-            of ``μ``: Adam moves a logarithm by about its rate a step, so that at the weights' own rate σ and the
+        scale_learning_rate: Learning rate of ``log σ``, and of the logarithms of a prior's scales, as a multiple of
+            that of ``μ``: Adam moves a logarithm by about its rate a step, so that at the weights' own rate σ and the
             scales of a prior would still stand where they started.
         noise: ``"weight"``: one draw for the whole batch. The others are added in activation space, see
             `bottleneck_noise`: errors of the gradient average out over the batch. ``"example"``: an independent draw
@@ -125,7 +125,7 @@ class MeanField(Guide):
         return biject_to(latent.support)(self.loc[key(latent)])
 
     def parameter_groups(self, learning_rate: float) -> list[dict]:
-        hypers = [self.loc[key(h)] for h in self.latents.values() if self._is_hyper(h) and key(h) in self.loc]
+        hypers = [self.loc[key(latent)] for latent in self.latents.values() if self._is_scale(latent)]
         scales = [*self.log_scale.parameters(), *self.root_scale.parameters(), *hypers]
         own = {id(p) for p in scales}
         rest = [p for p in self.parameters() if id(p) not in own]
@@ -152,6 +152,12 @@ class MeanField(Guide):
         if key(latent) in self.log_scale:
             return self.log_scale[key(latent)].exp()
         return self.root_scale[key(latent)].square().clamp(min=1e-12)
+
+    def _is_scale(self, latent: Latent) -> bool:
+        """Whether a site is a random hyper-parameter that is learnt as a logarithm, such as a scale of ARD."""
+        each = getattr(latent.support, "base_constraint", latent.support)
+        logarithm = each in (constraints.positive, constraints.nonnegative)
+        return logarithm and self._is_hyper(latent) and self.is_random(latent)
 
     def _in_activations(self, latent: Latent) -> bool:
         return self.noise != "weight" and latent.group is not None and self.is_random(latent)

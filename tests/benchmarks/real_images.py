@@ -3,9 +3,9 @@
 Run: python tests/benchmarks/real_images.py --seeds 0 1 2
 
 A Vision Transformer of 140 thousand weights is trained on the digits 0 to 4 and saved, as a base model of its own; its
-adapters then learn 5 to 9 from ten images each. Test data are all other images of 5 to 9. Digits that are none of the
-classes, 0 to 4, are out of distribution: AUROC with which the entropy of the prediction, or its mutual information with
-the weights, tells them from the test data.
+adapters then learn 5 to 9 from ten images each. Twenty of each are for validation, the other images of 5 to 9 for the
+test. Digits that are none of the classes, 0 to 4, most of them the base's own training images, are out of distribution:
+AUROC with which the entropy of the prediction, or its mutual information with the weights, tells them from the test.
 """
 
 from __future__ import annotations

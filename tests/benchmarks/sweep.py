@@ -156,7 +156,7 @@ SWEEPS = {
         *(adaptive(b=0.07, rate=p, noise="local", temperature=beta) for p in (0.1, 0.2, 0.5) for beta in (1.0, 0.1)),
         *(adaptive(b=0.07, rate=p, noise="local", kl="sum") for p in (0.1, 0.5)),
         adaptive(b=0.07, rate=0.1, noise="local", features="backbone"),
-        adaptive(a=0.2, prior="declared", noise="local", temperature=0.05),
+        adaptive(a=0.2, rate=0.1, prior="declared", noise="local", temperature=0.05),
     ],
 }
 
@@ -227,7 +227,7 @@ def fitted(
     task: Task, chosen: Configuration, seed: int, *, keep: Path | None, name: str, dtype: str | None = None
 ) -> tuple[Posterior, float]:
     base = partial(task.load_base_model, BASE, dtype=dtype)
-    identity = json.dumps({"task": name, "seed": seed, "dtype": dtype, **asdict(chosen)}, sort_keys=True)
+    identity = json.dumps({"task": name, "seed": seed, **own_dtype(dtype), **asdict(chosen)}, sort_keys=True)
     folder = keep and keep / hashlib.sha256(identity.encode()).hexdigest()[:16]
     if folder and (folder / "posterior.json").is_file():
         with isolated(seed):
@@ -248,6 +248,11 @@ def fitted(
     if folder:
         posterior.save_pretrained(folder)
     return posterior, seconds
+
+
+def own_dtype(dtype: str | None) -> dict[str, str]:
+    """What a row says of the base's type: nothing where it is the model's own."""
+    return {"dtype": dtype} if dtype else {}
 
 
 def rows_of(task: Task, split: str) -> Dataset:
@@ -293,7 +298,9 @@ def doubts(prediction: Prediction) -> dict[str, Any]:
     return {"mutual_information": prediction.mutual_information, **own}
 
 
-def table(sweep: str, tasks: list[str], seeds: list[int], rows: list[dict[str, Any]]) -> list[str]:
+def table(
+    sweep: str, tasks: list[str], seeds: list[int], rows: list[dict[str, Any]], dtype: str | None = None
+) -> list[str]:
     """Validation NLL in Markdown: a line a configuration, a column a task, a number a seed; – where one is missing."""
     lines = [f"| {sweep} | {' | '.join(tasks)} |", "| --- |" + " --- |" * len(tasks)]
     for configuration in SWEEPS[sweep]:
@@ -305,7 +312,7 @@ def table(sweep: str, tasks: list[str], seeds: list[int], rows: list[dict[str, A
             found = {
                 row["seed"]: validation_nll(row)
                 for row in sorted(rows, key=lambda row: -row["test"])
-                if row["task"] == task and asdict(configuration).items() <= row.items()
+                if row["task"] == task and {**own_dtype(dtype), **asdict(configuration)}.items() <= row.items()
             }
             cells.append(", ".join(f"{found[seed]:.3f}" if seed in found else "–" for seed in seeds))
         lines.append(f"| {name or 'MAP'} | {' | '.join(cells)} |")
@@ -334,11 +341,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.table:
         rows = [json.loads(line) for line in options.out.open()]
-        print("\n".join(table(options.sweep, options.tasks, options.seeds, rows)))
+        print("\n".join(table(options.sweep, options.tasks, options.seeds, rows, options.dtype)))
         return
     chosen = [c for i, c in enumerate(SWEEPS[options.sweep]) if options.only is None or i in options.only]
     for name, seed, configuration in itertools.product(options.tasks, options.seeds, chosen):
-        where = {"task": name, "seed": seed, "test": options.test, "dtype": options.dtype}
+        where = {"task": name, "seed": seed, "test": options.test, **own_dtype(options.dtype)}
         identity = {**where, **asdict(configuration)}
         if options.out.exists() and any(identity.items() <= json.loads(x).items() for x in options.out.open()):
             continue

@@ -43,6 +43,7 @@ VARIANTS = (
         for q in families
     }
     | {
+        "Inducing, learned": {"conditional": "learned"},
         "MeanField, BLoB": {"noise": "flipout", "parametrisation": "square", "init_scale": 0.0125},
         "InputAdaptive, declared": {"prior": "declared"},
         "InputAdaptive, backbone": {"features": "backbone", "kl": "sum", "noise": "example"},

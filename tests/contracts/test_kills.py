@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -30,7 +30,8 @@ def killed(action: Callable[[], object], progress: Callable[[], object], delay: 
     start, child = progress(), os.fork()
     if child == 0:
         # That of the bars is shared with the parent, which would wait for ever for one that was killed with it.
-        std.tqdm.set_lock(threading.RLock())
+        for bar in _bars(std.tqdm):
+            bar.set_lock(threading.RLock())
         with contextlib.suppress(BaseException):
             action()
         os._exit(0)
@@ -42,6 +43,13 @@ def killed(action: Callable[[], object], progress: Callable[[], object], delay: 
         os.kill(child, signal.SIGKILL)
         return os.WIFSIGNALED(os.waitpid(child, 0)[1])
     return False
+
+
+def _bars(kind: type[std.tqdm]) -> Iterator[type[std.tqdm]]:
+    """A class of bars and those made of it: each may have a lock of its own, by which of them came first."""
+    yield kind
+    for each in kind.__subclasses__():
+        yield from _bars(each)
 
 
 @pytest.mark.slow

@@ -69,13 +69,14 @@ def test_densities_add_up_by_site() -> None:
     ("options", "numbers"),
     [
         ({"structure": "product"}, 2 * 4),
-        ({"size": 3}, 2 * (2 * 3 + 2 * 16)),
+        ({"size": 3}, 2 * 2 * 3),
+        ({"size": 3, "conditional": "learned"}, 2 * (2 * 3 + 2 * 16)),
         ({"structure": "product", "posterior": "ensemble"}, 0),
     ],
-    ids=["product", "factors", "ensemble"],
+    ids=["product", "factors", "learned", "ensemble"],
 )
 def test_random_numbers_of_inducing_guides(options: dict[str, Any], numbers: int) -> None:
-    """Law: V counts, W counts where it has noise of its own; the KL of V is in its site's; point masses are named."""
+    """Law: V counts, W where its noise is not the prior's; the KL of V is in its site's; point masses are named."""
     posterior = moved(Inducing(**options))
     weights = summarise(posterior, 30)
     assert weights.random == {"lora.query.A": numbers, "lora.value.A": numbers}

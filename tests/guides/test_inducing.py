@@ -27,7 +27,7 @@ from tests.programs import PRIORS, lora, sentence_task, tiny_bert, tiny_program
 
 PRODUCT: dict[str, Any] = {"structure": "product"}
 FACTORS: dict[str, Any] = {"random": "lora.*"}
-BOTH = [PRODUCT, FACTORS]
+BOTH = [{}, PRODUCT, {**FACTORS, "conditional": "learned"}]
 
 
 def trained(seed: int = 3) -> PyroLoRA:
@@ -51,6 +51,8 @@ def bound(program: PyroLoRA, **options: Any) -> Inducing:
 def shrink(guide: Inducing, sigma: float, noise: float) -> None:
     """Sets σ_V and λ everywhere, whatever λ was to be."""
     guide.conditional, guide.conditional_scale = "fixed", noise
+    for log_noise in guide.log_noise.values():
+        log_noise.data.fill_(math.log(noise))
     for family in guide.families.values():
         assert isinstance(family, Diagonal)
         family.log_scale.data.fill_(math.log(sigma))
@@ -224,6 +226,10 @@ def test_sizes_that_cannot_hold_the_start_are_refused() -> None:
         bound(program, **FACTORS, size=17)
     with pytest.raises(ValueError, match="belong to structure='factors'"):
         Inducing(**PRODUCT, size=3)
+    with pytest.raises(ValueError, match="conditional_scale is λ where conditional is 'learned' or 'fixed'"):
+        Inducing(conditional_scale=0.01)
+    with pytest.raises(ValueError, match=r"site 'lora\.query\.A': .* or use structure='product'"):
+        bound(tiny_program({"*.A": Flat(), "*": Normal(1.0)}))
     with pytest.raises(ValueError, match="structure is one of factors, product, not 'sum'"):
         Inducing(structure="sum")  # type: ignore[arg-type]
 
@@ -231,7 +237,7 @@ def test_sizes_that_cannot_hold_the_start_are_refused() -> None:
 def test_a_side_as_large_as_the_matrix_is_exact() -> None:
     """Law: with k = n on the long side, and the rank's side exact, W = s V: no conditional noise, no extra KL."""
     program = trained()
-    guide = bound(program, **FACTORS, size=16)
+    guide = bound(program, **FACTORS, size=16, conditional="learned")
     assert not guide.inducing and not guide.log_noise
     with poutine.block(), torch.no_grad():
         trace = poutine.trace(guide).get_trace()
@@ -299,7 +305,7 @@ def test_inducing_matrices_reach_arviz(options: dict[str, Any]) -> None:
 
 def test_log_scales_have_their_own_learning_rate() -> None:
     """Law: σ, λ and D are in the second group, everything else in the first."""
-    guide = bound(trained(), **FACTORS, scale_learning_rate=7.0)
+    guide = bound(trained(), **FACTORS, conditional="learned", scale_learning_rate=7.0)
     slow, fast = guide.parameter_groups(0.01)
     names = {id(p): name for name, p in guide.named_parameters()}
     assert all("log_" in names[id(p)] for p in fast["params"])

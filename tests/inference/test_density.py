@@ -13,7 +13,7 @@ from pyrolora.inference.density import paired_traces, statements, values_of
 from pyrolora.inference.posterior import Posterior
 from tests.programs import tiny_program
 
-GUIDES: dict[str, dict[str, Any]] = {"product": {}, "factors": {"structure": "factors", "size": 2}}
+GUIDES: dict[str, dict[str, Any]] = {"product": {"structure": "product"}, "factors": {"size": 2}}
 
 
 @pytest.mark.parametrize("options", GUIDES.values(), ids=GUIDES)
@@ -40,7 +40,7 @@ def test_draws_are_those_of_the_posterior() -> None:
 
 def test_an_auxiliary_site_counts_in_both_densities() -> None:
     """Law: log p(V) is that of N(0, 1), log q(V) that of the guide's Normal, and W given V cancels at λ = 1."""
-    program, guide = tiny_program(), Inducing(structure="factors", size=2, conditional="prior")
+    program, guide = tiny_program(), Inducing(size=2)
     guide.bind(program)
     (q, p) = next(iter(paired_traces(program, guide, 1)))
     v = values_of(q)["lora.query.A.V"]
