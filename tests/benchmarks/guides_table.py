@@ -109,16 +109,16 @@ def table(output: Path, name: str) -> list[str]:
     fits = {guide: statistics.median(cell["cost"]["fit_seconds"] for cell in rows) for guide, rows in found.items()}
     unit = statistics.median(fits.values()) if fits else 1.0
     lines = [
-        f"| {name}, {max(map(len, found.values()), default=0)} seed(s) | accuracy | NLL | ECE | Brier | τ: NLL, ECE "
-        "| AUROC of errors | fit | passes |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {name} | seeds | accuracy | NLL | ECE | Brier | τ: NLL, ECE | AUROC of errors | fit | passes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for guide, rows in sorted(found.items(), key=lambda item: spread_of(item[1], "nll").mean or 0.0):
         accuracy, nll, ece, brier, error = (
             spread_of(rows, metric) for metric in ("accuracy", "nll", "ece", "brier", "error_auroc")
         )
         scaled = ", ".join(show(spread_of(rows, metric, scaled=True).mean) for metric in ("nll", "ece"))
-        cells = [f"{show(each.mean)} [{show(each.low)}, {show(each.high)}]" for each in (accuracy, nll)]
+        cells = [str(len(rows))]
+        cells += [f"{show(each.mean)} [{show(each.low)}, {show(each.high)}]" for each in (accuracy, nll)]
         cells += [show(ece.mean), show(brier.mean), scaled, show(error.mean, digits=2)]
         cells += [f"{fits[guide] / unit:.1f}", str(rows[0]["cost"]["passes"])]
         lines.append(f"| {guide} | {' | '.join(cells)} |")
