@@ -96,10 +96,10 @@ class Inducing(Guide):
             raise ValueError("Inducing: size, rank_size and conditional belong to structure='factors'")
         if conditional == "prior" and conditional_scale is not None:
             raise ValueError("Inducing: conditional_scale is λ where conditional is 'learned' or 'fixed'; now λ = 1")
-        if not all(x > 0 for x in (init_scale, scale_learning_rate, conditional_scale or 1, depth, members)):
-            raise ValueError("Inducing: scales, the learning rate's factor, depth and members are positive")
         self.structure, self.posterior, self.size, self.rank_size = structure, posterior, size, rank_size
         self.conditional, self.conditional_scale = conditional, conditional_scale
+        if not all(x > 0 for x in (init_scale, scale_learning_rate, self._conditional_scale, depth, members)):
+            raise ValueError("Inducing: scales, the learning rate's factor, depth and members are positive")
         self.init_scale, self.scale_learning_rate = init_scale, scale_learning_rate
         self.depth, self.members = depth, members
         self._reset()

@@ -69,9 +69,9 @@ class InputAdaptive(Guide):
         features: ``"embedding"`` (mean frozen token embedding, no extra pass) or ``"backbone"`` (mean last hidden state
             of the frozen model, one extra pass for each batch).
         prior: ``"dropout"`` or ``"declared"``.
-        rate: p, the dropout rate of the prior; under a declared prior too α starts at its ς. On four small tasks 0.8, a
-            noise of twice the weights' size, was best or next to it: at 0.1, as published, draws differ too little to
-            be seen, and the mean is plain LoRA's.
+        rate: p, the dropout rate of the prior; under a declared prior too α starts at its ς. On three of four small
+            tasks 0.8, a noise of twice the weights' size, was best or next to it (on the fourth plain LoRA is not too
+            sure, and any noise costs): at 0.1, as published, the NLL is plain LoRA's or near it.
         kl: ``"mean"`` or ``"sum"``.
         noise: Kind of noise in training, see `bottleneck_noise`. ``"weight"``: one ε for the batch, scaled by each
             input's α. ``"local"``, as published, averages out over the tokens of a text and regularises less.

@@ -228,6 +228,8 @@ def test_sizes_that_cannot_hold_the_start_are_refused() -> None:
         Inducing(**PRODUCT, size=3)
     with pytest.raises(ValueError, match="conditional_scale is λ where conditional is 'learned' or 'fixed'"):
         Inducing(conditional_scale=0.01)
+    with pytest.raises(ValueError, match="scales, the learning rate's factor, depth and members are positive"):
+        Inducing(conditional="fixed", conditional_scale=0.0)
     with pytest.raises(ValueError, match=r"site 'lora\.query\.A': .* or use structure='product'"):
         bound(tiny_program({"*.A": Flat(), "*": Normal(1.0)}))
     with pytest.raises(ValueError, match="structure is one of factors, product, not 'sum'"):
