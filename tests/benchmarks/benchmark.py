@@ -139,20 +139,22 @@ PARTS = {
 }
 
 
-def measure(name: str, output: Path) -> None:
-    """Runs one benchmark in a process of its own."""
+def measure(name: str, output: Path) -> bool:
+    """Runs one benchmark in a process of its own; whether it came to its end."""
     part = PARTS[name]
     if absent := [package for package in part.needs if find_spec(package) is None]:
         print(f"{name}: NOT INSTALLED, and left out: {', '.join(absent)}. {part.script}.py says how to", flush=True)
         if len(absent) == len(part.needs):
-            return
+            return True
     path = (output / f"{name}.json").resolve()
     path.unlink(missing_ok=True)  # what a script would add to
     plot = ("--plot", str(path.with_suffix(".png"))) if name == "scaling" else ()
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(f"{part.script}.py")), *part.arguments]
     start = time.perf_counter()
-    subprocess.run([*command, "--out", str(path), *plot], check=True)
-    print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    done = subprocess.run([*command, "--out", str(path), *plot])
+    said = "" if done.returncode == 0 else f"; FAILED with exit code {done.returncode}"
+    print(f"{name}: {time.perf_counter() - start:.0f} s{said}", flush=True)
+    return done.returncode == 0
 
 
 def table(output: Path) -> str:
@@ -175,11 +177,12 @@ def main() -> None:
     parser.add_argument("--table-only", action="store_true", help="sum up what has been measured")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    for name in () if options.table_only else options.only:
-        measure(name, options.output)
+    failed = [name for name in options.only if not options.table_only and not measure(name, options.output)]
     path = options.output / "table.md"
     path.write_text(table(options.output), encoding="utf-8")
     print(path.read_text(encoding="utf-8"))
+    if failed:
+        sys.exit(f"failed, and not in the table: {', '.join(failed)}; again with --only {' '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -367,7 +367,7 @@ def _sentences(folder: Path | None, split: str, sets: Sequence[str], size: int) 
 def _read(folder: Path | None, split: str, name: str) -> Dataset:
     if name == "commonsense":
         task = PhysicalCommonsense(AutoTokenizer.from_pretrained(MINILM))
-        return getattr(task, split).rename_column("labels", "label")
+        return getattr(task, split).remove_columns("label").rename_column("labels", "label")
     if folder is None:
         raise SystemExit(f"--sets {name} is read from files: give --data, or take --sets commonsense")
     files = {"sst2": f"{split}.jsonl", "cola": {"train": "train.jsonl", "test": "validation_in_domain.jsonl"}[split]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -73,7 +74,12 @@ def test_what_is_not_installed_is_said(
 ) -> None:
     """Law: absent peers are named, and what is left is measured; without any nothing runs."""
     ran: list[list[str]] = []
-    monkeypatch.setattr(suite.subprocess, "run", lambda command, **options: ran.append(command))
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(suite.subprocess, "run", run)
     for absent, runs in (({"laplace", "bayesian_lora"}, 0), ({"bayesian_lora"}, 1), (set(), 1)):
         ran.clear()
         monkeypatch.setattr(suite, "find_spec", lambda name, absent=absent: None if name in absent else object())
@@ -81,3 +87,24 @@ def test_what_is_not_installed_is_said(
         said = capsys.readouterr().out
         assert len(ran) == runs and all(name in said for name in absent)
         assert ("NOT INSTALLED" in said) == bool(absent)
+
+
+def test_a_part_that_fails_does_not_end_the_others(
+    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Law: what follows a part that fails is measured, the table written, and the failure is the exit status."""
+    codes = iter([3, 0])
+    monkeypatch.setattr(suite.subprocess, "run", lambda command: subprocess.CompletedProcess(command, next(codes)))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--output", str(tmp_path), "--only", "predict", "store"])
+    with pytest.raises(SystemExit, match="failed, and not in the table: predict; again with --only predict"):
+        suite.main()
+    assert "predict: 0 s; FAILED with exit code 3\nstore: 0 s\n" in capsys.readouterr().out
+    assert (tmp_path / "table.md").is_file()
+
+
+def test_the_peers_have_sentences_without_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: the embedded task's rows serve them, with their text and label."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    methods = importlib.import_module("laplace_methods")
+    rows = methods._sentences(None, "train", ["commonsense"], 8)
+    assert len(rows) == 8 and set(rows["label"]) <= {0, 1} and all(rows["text"])
