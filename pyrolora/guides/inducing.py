@@ -53,8 +53,8 @@ class Inducing(Guide):
         posterior: q(V): ``"diagonal"``, ``"matrix"`` (Kronecker), ``"full"``, ``"flow"`` or ``"ensemble"``.
         size: Inducing variables on the long side (``in_features`` of A, ``out_features`` of B); default the rank.
             Factors only, as the next three.
-        rank_size: Inducing variables on the side of the rank; default exact. With both sides inexact the density takes a
-            matrix of (size · rank_size)² doubles for each layer.
+        rank_size: Inducing variables on the side of the rank; default exact. With both sides inexact the density takes
+            a matrix of (size · rank_size)² doubles for each layer.
         conditional: λ: ``"prior"`` (1, the default), ``"learned"`` or ``"fixed"``.
         conditional_scale: λ where fixed, and where learned at the start; default 0.1. There is none to give at
             ``"prior"``.
