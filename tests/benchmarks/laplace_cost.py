@@ -44,7 +44,9 @@ def bench(classes: int, length: int, rows: int, base: str) -> tuple[PyroLoRA, La
     draw = random.Random(0)
     texts = [" ".join(draw.choices(words, k=length - 2)) for _ in range(rows)]
     data = Dataset.from_list([{"text": text, "label": i % classes} for i, text in enumerate(texts)])
-    task = SequenceClassification(tokenizer, train=data, test=data, max_length=length)
+    # Fewer rows than classes leave some without an example, and classes they are all the same.
+    names = [str(i) for i in range(classes)]
+    task = SequenceClassification(tokenizer, train=data, test=data, max_length=length, class_names=names)
     load = lambda: task.load_base_model(BASE) if base == "minilm" else llama()  # noqa: E731
     torch.manual_seed(0)
     targets = LORA["target_modules"] if base == "minilm" else ["q_proj", "v_proj"]

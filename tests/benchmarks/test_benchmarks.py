@@ -108,3 +108,11 @@ def test_the_peers_have_sentences_without_a_download(monkeypatch: pytest.MonkeyP
     methods = importlib.import_module("laplace_methods")
     rows = methods._sentences(None, "train", ["commonsense"], 8)
     assert len(rows) == 8 and set(rows["label"]) <= {0, 1} and all(rows["text"])
+
+
+@pytest.mark.parametrize("classes", [2, 12])
+def test_laplaces_cost_is_that_of_as_many_classes_as_it_says(monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
+    """Law: a program over fewer rows than classes has all classes."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    program, _, _ = importlib.import_module("laplace_cost").bench(classes, 8, 4, "minilm")
+    assert program.task.num_labels == classes
