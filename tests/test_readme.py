@@ -73,7 +73,20 @@ def test_stock_peft_serves_mean_and_draws(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert len(set(names["answers"].values())) > 1
 
 
-def test_its_picture_is_there() -> None:
-    """Law: every picture that the README shows exists."""
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / path).is_file(), path
+@pytest.mark.parametrize("name", ["README.md", "tests/benchmarks/README.md"])
+def test_its_links_lead_somewhere(name: str) -> None:
+    """Law: every picture and file exists that a page refers to, and every heading."""
+    page = ROOT / name
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if not link.startswith("https://")]
+    assert links
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page: words of its headings in lower case, hyphens for spaces, no punctuation."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

@@ -12,8 +12,9 @@ FOLDER is that of sweep.py. Each guide has the prior and temperature under which
 A task's comparison is one command, `pyrolora compare B.yaml sparse.yaml A.yaml flat.yaml dropout.yaml`, which is
 printed; called again, with more guides or seeds too, it continues. With --write-only nothing is fitted. At the end, and
 with --table-only alone, table.md in OUTPUT has all results that are there: means over seeds with the hull of all 95 %
-intervals, sorted by NLL. A fit's cost is in fits of one point estimate, of which the median over methods is taken: on a
-machine that does other things too a single one says little.
+intervals, sorted by NLL; table.png shows the NLL, before and after temperature scaling. A fit's cost is in fits of one
+point estimate, of which the median over methods is taken: on a machine that does other things too a single one says
+little.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from matplotlib.figure import Figure
 from sweep import BLOB, EPOCHS, SCALE_OF_B, make_task
 
 from pyrolora.report.summary import by_method, show, spread_of
@@ -104,7 +107,7 @@ def described(name: str, data: Path | None, folder: Path, rows: int) -> dict[str
 
 def table(output: Path, name: str) -> list[str]:
     """The Markdown table of one task."""
-    path = output / name / "fits" / "results.json"
+    path = results(output, name)
     found = by_method(json.loads(path.read_text(encoding="utf-8")), "test") if path.is_file() else {}
     fits = {guide: statistics.median(cell["cost"]["fit_seconds"] for cell in rows) for guide, rows in found.items()}
     unit = statistics.median(fits.values()) if fits else 1.0
@@ -123,6 +126,35 @@ def table(output: Path, name: str) -> list[str]:
         cells += [f"{fits[guide] / unit:.1f}", str(rows[0]["cost"]["passes"])]
         lines.append(f"| {guide} | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def picture(output: Path, names: list[str]) -> None:
+    """The NLL of every guide and task, one panel a task; in the first one's order, the best on top."""
+    found = {name: by_method(json.loads(results(output, name).read_text(encoding="utf-8")), "test") for name in names}
+    mean = lambda rows: spread_of(rows, "nll").mean or 0.0  # noqa: E731
+    order = sorted({guide for rows in found.values() for guide in rows}, key=lambda g: mean(found[names[0]].get(g, [])))
+    figure = Figure(figsize=(3.2 * len(names), 0.22 * len(order) + 0.9), layout="constrained")
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names), sharey=True)), names, strict=True):
+        for y, guide in enumerate(order):
+            if not (rows := found[name].get(guide)):
+                continue
+            own, colour = spread_of(rows, "nll"), "C3" if guide.endswith(": LoRA") else "C0"
+            axes.plot([own.low, own.high], [y, y], color=colour, linewidth=1)
+            axes.plot(own.mean, y, "o", color=colour, label="as predicted, with the 95 % interval")
+            scaled = spread_of(rows, "nll", scaled=True).mean
+            axes.plot(scaled, y, "o", markerfacecolor="none", color=colour, label="after temperature scaling")
+        axes.set(title=name, xlabel="NLL", yticks=range(len(order)), yticklabels=order)
+        axes.grid(axis="y", linewidth=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.invert_yaxis()
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[:2], labels[:2], loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(output / "table.png", dpi=120)
+
+
+def results(output: Path, name: str) -> Path:
+    """Where the comparison of a task has them."""
+    return output / name / "fits" / "results.json"
 
 
 def main() -> None:
@@ -157,6 +189,8 @@ def main() -> None:
     path = options.output / "table.md"
     path.write_text("\n".join(line for name in options.tasks for line in table(options.output, name)), encoding="utf-8")
     print(path.read_text(encoding="utf-8"))
+    if compared := [name for name in options.tasks if results(options.output, name).is_file()]:
+        picture(options.output, compared)
 
 
 if __name__ == "__main__":
