@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -81,7 +82,7 @@ def peers(found: Mapping[str, Any]) -> Iterator[Row]:
     for base, parts in found.items():
         for part, unit in (("fit", "epochs"), ("predict", "forwards")):
             for method, values in parts.get(part, {}).items() if base != "versions" else ():
-                middle = sorted(values)[len(values) // 2]
+                middle = statistics.median(values)
                 yield f"{base}: {method}, {part}, in {unit}", f"{middle:.2f} [{min(values):.2f}, {max(values):.2f}]", ""
         for method, row in parts.get("memory", {}).items() if base != "versions" else ():
             yield (
