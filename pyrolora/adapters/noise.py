@@ -84,11 +84,13 @@ def bottleneck_noise(
         elif kind == "example":
             each = torch.randn(examples, *scale.shape, dtype=scale.dtype, device=scale.device)
             noise = x.float().reshape(examples, -1, x.shape[-1]) @ (scale * each).mT
+        elif kind == "flipout":
+            rows = x.flatten(0, -2)
+            outputs = torch.Size((len(rows), len(scale)))
+            signs = _signs(rows.shape, x.device), _signs(outputs, x.device)
+            noise = _Flipped.apply(rows, scale * torch.randn_like(scale), *signs)
         else:
-            own = x.float()
-            flipped = own * _signs(own) if kind == "flipout" else own
-            noise = flipped @ (scale * torch.randn_like(scale)).mT
-            noise = noise * _signs(noise) if kind == "flipout" else noise
+            noise = x.float() @ (scale * torch.randn_like(scale)).mT
         shape = (*x.shape[:-1], scale.shape[0])
         if factor is not None:
             noise = noise.reshape(examples, -1) * factor.unsqueeze(-1)
@@ -170,7 +172,29 @@ class _Local(torch.autograd.Function):
         return by_x, None, by_scale, None
 
 
-def _signs(like: Tensor) -> Tensor:
+class _Flipped(torch.autograd.Function):
+    """``s ∘ W (s' ∘ x)``, in W's type. It keeps x, as the module does, and signs; autograd keeps ``s' ∘ x`` too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+        return (x.to(weight.dtype) * inner) @ weight.mT * outer
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, inner, outer = ctx.saved_tensors
+        grad = grad * outer
+        by_x = ((grad @ weight) * inner).to(x.dtype) if ctx.needs_input_grad[0] else None
+        by_weight = grad.mT @ (x.to(weight.dtype) * inner) if ctx.needs_input_grad[1] else None
+        return by_x, by_weight, None, None
+
+
+def _signs(shape: torch.Size, device: torch.device) -> Tensor:
     """±1, int8. One random bit of each byte of 64-bit integers: a third of the time of random bytes."""
-    words = torch.randint(-(2**63), 2**63 - 1, (like.numel() // 8 + 1,), device=like.device)
-    return words.view(torch.int8)[: like.numel()].bitwise_and_(1).mul_(2).sub_(1).reshape(like.shape)
+    words = torch.randint(-(2**63), 2**63 - 1, (shape.numel() // 8 + 1,), device=device)
+    return words.view(torch.int8)[: shape.numel()].bitwise_and_(1).mul_(2).sub_(1).reshape(shape)

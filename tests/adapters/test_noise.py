@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from pyrolora.adapters.noise import Squares, _Local, bottleneck_noise, changed_outputs, require_linear
+from pyrolora.adapters.noise import Squares, _Flipped, _Local, bottleneck_noise, changed_outputs, require_linear
 from pyrolora.adapters.sites import AdapterError, find_sites
 from tests.conftest import ARCHITECTURES
 
@@ -96,6 +96,26 @@ def test_gradient_of_local_noise() -> None:
     noise = torch.randn(EXAMPLES * TOKENS, OUT).double()
     leaves = [x.reshape(-1, IN).double().requires_grad_(), scale.double().requires_grad_()]
     assert torch.autograd.gradcheck(lambda a, b: _Local.apply(a, a.detach().square(), b, noise)[0], leaves)
+
+
+def test_gradient_of_flipout() -> None:
+    """Law: its hand-written derivative is that of finite differences, in x and W."""
+    x, weight, _ = inputs()
+    signs = [(2 * torch.randint(2, (EXAMPLES * TOKENS, size)) - 1).char() for size in (IN, OUT)]
+    leaves = [x.reshape(-1, IN).double().requires_grad_(), weight.double().requires_grad_()]
+    assert torch.autograd.gradcheck(lambda a, b: _Flipped.apply(a, b, *signs), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flipout_keeps_a_byte_for_each_number_that_it_reads(dtype: torch.dtype) -> None:
+    """Law: for the backward pass it keeps the module's input itself and int8 signs, no further copy of either."""
+    x = torch.randn(EXAMPLES, TOKENS, 64).to(dtype).requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        bottleneck_noise("flipout", x, torch.rand(OUT, 64).requires_grad_(), examples=EXAMPLES)
+    storage = x.untyped_storage().data_ptr()
+    added = [t for t in kept if t.untyped_storage().data_ptr() != storage and t.numel() >= x.numel()]
+    assert [t.dtype for t in added] == [torch.int8]
 
 
 def test_squares_are_shared_by_modules_of_one_input() -> None:
