@@ -85,10 +85,7 @@ def bottleneck_noise(
             each = torch.randn(examples, *scale.shape, dtype=scale.dtype, device=scale.device)
             noise = x.float().reshape(examples, -1, x.shape[-1]) @ (scale * each).mT
         elif kind == "flipout":
-            rows = x.flatten(0, -2)
-            outputs = torch.Size((len(rows), len(scale)))
-            signs = _signs(rows.shape, x.device), _signs(outputs, x.device)
-            noise = _Flipped.apply(rows, scale * torch.randn_like(scale), *signs)
+            noise = _flipped(x.flatten(0, -2), scale * torch.randn_like(scale))
         else:
             noise = x.float() @ (scale * torch.randn_like(scale)).mT
         shape = (*x.shape[:-1], scale.shape[0])
@@ -170,6 +167,12 @@ class _Local(torch.autograd.Function):
         by_x = (ratio @ scale.square()).mul_(x).to(x.dtype) if ctx.needs_input_grad[0] else None
         by_scale = (ratio.mT @ square).mul_(scale) if ctx.needs_input_grad[2] else None
         return by_x, None, by_scale, None
+
+
+def _flipped(x: Tensor, weight: Tensor) -> Tensor:
+    """``W x`` with random signs of each row's inputs and outputs."""
+    outputs = torch.Size((len(x), len(weight)))
+    return _Flipped.apply(x, weight, _signs(x.shape, x.device), _signs(outputs, x.device))
 
 
 class _Flipped(torch.autograd.Function):
