@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -131,8 +132,9 @@ def table(output: Path, name: str) -> list[str]:
 def picture(output: Path, names: list[str]) -> None:
     """The NLL of every guide and task, one panel a task; in the first one's order, the best on top."""
     found = {name: by_method(json.loads(results(output, name).read_text(encoding="utf-8")), "test") for name in names}
-    mean = lambda rows: spread_of(rows, "nll").mean or 0.0  # noqa: E731
-    order = sorted({guide for rows in found.values() for guide in rows}, key=lambda g: mean(found[names[0]].get(g, [])))
+    first = {guide: spread_of(rows, "nll").mean for guide, rows in found[names[0]].items()}
+    every = sorted({guide for rows in found.values() for guide in rows})
+    order = sorted(every, key=lambda guide: first.get(guide) or math.inf)
     figure = Figure(figsize=(3.2 * len(names), 0.22 * len(order) + 0.9), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names), sharey=True)), names, strict=True):
         for y, guide in enumerate(order):
