@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -198,6 +199,14 @@ class _Flipped(torch.autograd.Function):
 
 
 def _signs(shape: torch.Size, device: torch.device) -> Tensor:
-    """±1, int8. One random bit of each byte of 64-bit integers: a third of the time of random bytes."""
-    words = torch.randint(-(2**63), 2**63 - 1, (shape.numel() // 8 + 1,), device=device)
-    return words.view(torch.int8)[: shape.numel()].bitwise_and_(1).mul_(2).sub_(1).reshape(shape)
+    """±1, int8. A random byte names eight of them: a quarter of the time of one byte for each."""
+    words = torch.randint(-(2**63), 2**63 - 1, (shape.numel() // 64 + 1,), device=device)
+    eights = _eights(device).index_select(0, words.view(torch.uint8).int())
+    return eights.view(torch.int8)[: shape.numel()].reshape(shape)
+
+
+@functools.cache
+def _eights(device: torch.device) -> Tensor:
+    """``(256,)``: the signs that the bits of each byte stand for, eight int8 in an int64."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return (2 * bits - 1).to(torch.int8).view(torch.int64).flatten().to(device)
