@@ -10,7 +10,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from pyrolora.adapters.noise import Squares, _Flipped, _Local, bottleneck_noise, changed_outputs, require_linear
+from pyrolora.adapters.noise import (
+    Squares,
+    _Flipped,
+    _Local,
+    _signs,
+    bottleneck_noise,
+    changed_outputs,
+    require_linear,
+)
 from pyrolora.adapters.sites import AdapterError, find_sites
 from tests.conftest import ARCHITECTURES
 
@@ -104,6 +112,15 @@ def test_gradient_of_flipout() -> None:
     signs = [(2 * torch.randint(2, (EXAMPLES * TOKENS, size)) - 1).char() for size in (IN, OUT)]
     leaves = [x.reshape(-1, IN).double().requires_grad_(), weight.double().requires_grad_()]
     assert torch.autograd.gradcheck(lambda a, b: _Flipped.apply(a, b, *signs), leaves)
+
+
+def test_signs_are_fair_and_uncorrelated() -> None:
+    """Law: each sign is ±1 with probability ½, uncorrelated with the others of its byte, its word and the next one."""
+    signs = _signs(torch.Size((4096, 72)), torch.device("cpu"))
+    assert signs.dtype == torch.int8 and set(signs.unique().tolist()) == {-1, 1}
+    moments = signs.double().T @ signs.double() / len(signs)
+    assert signs.double().mean(0).abs().max() < 5 / len(signs) ** 0.5
+    assert (moments - torch.eye(72)).abs().max() < 5 / len(signs) ** 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
