@@ -116,6 +116,7 @@ class PyroLoRA(nn.Module):
         self.sites = Sites(sites, self.priors)
         self.placement = Placement(self.model, self.sites)
         self._running: list[Mapping[str, Tensor]] = []
+        self._precision: Callable[[], AbstractContextManager] = contextlib.nullcontext
         self._watch_checkpointing()
         self.latents = self._find_latents()
 
@@ -175,13 +176,31 @@ class PyroLoRA(nn.Module):
         """
         if NATURAL in draws:
             return draws[NATURAL]
-        adapters = {name: value for name, value in draws.items() if name in self.sites}
-        with Pass(self._running, draws, self.placement.placed(adapters)):
+        with self.placed(draws):
             return self.likelihood.evaluate(self.model, batch)
 
-    def placed(self, draws: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def placed(self, draws: Mapping[str, Tensor]) -> Iterator[None]:
         """Puts one draw on the model for the duration of the block; afterwards it is bitwise what it was."""
-        return Pass(self._running, draws, self.placement.placed(draws))
+        with self._precision(), self._pass(draws):
+            yield
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """A block without autocast, but for passes of the base model: those have what was on before.
+
+        The Trainer's ``bf16`` is for the base model. Covariances, their factors and divergences are not computed so.
+        """
+        kind = self.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            yield
+            return
+        before, self._precision = self._precision, partial(torch.autocast, kind, torch.get_autocast_dtype(kind))
+        try:
+            with torch.autocast(kind, enabled=False):
+                yield
+        finally:
+            self._precision = before
 
     @torch.no_grad()
     def prior_predictive(self, batch: Batch, num_draws: int = 100, *, seed: int = 0) -> Tensor:
@@ -234,9 +253,12 @@ class PyroLoRA(nn.Module):
         return any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
 
     def _recompute_context(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        draws = self.running
+        # The checkpoint itself remembers autocast.
+        return contextlib.nullcontext(), self._pass(self.running)
+
+    def _pass(self, draws: Mapping[str, Tensor]) -> Pass:
         adapters = {name: value for name, value in draws.items() if name in self.sites}
-        return contextlib.nullcontext(), Pass(self._running, draws, self.placement.placed(adapters))
+        return Pass(self._running, draws, self.placement.placed(adapters))
 
     def _on_device(self) -> AbstractContextManager:
         device = self.device

@@ -126,7 +126,8 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         # Shapes and supports cannot change between steps: Pyro's checks run on the first batch only.
-        with torch.enable_grad() if self.training else torch.no_grad(), pyro.validation_enabled(not self._validated):
+        gradients = torch.enable_grad() if self.training else torch.no_grad()
+        with gradients, pyro.validation_enabled(not self._validated), self.program.full_precision():
             loss = self.elbo.differentiable_loss(self._model, self.guide, batch) / self.program.num_data
         self._validated = True
         return loss
