@@ -12,8 +12,8 @@ from typing import Any
 from pyrolora.construct import RecipeError
 from pyrolora.inference import processes
 from pyrolora.inference.archive import read_meta, write_json
+from pyrolora.inference.checkpoints import last_checkpoint
 from pyrolora.inference.posterior import Posterior
-from pyrolora.inference.trainer import last_checkpoint
 from pyrolora.recipe import Recipe
 from pyrolora.tasks.base import Task
 

@@ -134,7 +134,7 @@ def write(folder: Path, *, state: Mapping[str, Tensor], meta: Mapping[str, Any],
     with replacing_all(folder, last=_META) as new:
         save_file(tensors, str(new / _TENSORS))
         (new / _ADAPTER).write_text(_json(_plain(adapter.to_dict())), encoding="utf-8")
-        sums = {"sha256": _digest(new / _TENSORS), "adapter_sha256": _digest(new / _ADAPTER)}
+        sums = {"sha256": digest(new / _TENSORS), "adapter_sha256": digest(new / _ADAPTER)}
         for name in (_TENSORS, _ADAPTER):  # before there is a posterior.json by which they would be found
             _sync(new / name)
         (new / _META).write_text(_json(sealed({"format": FORMAT, **meta, **sums})), encoding="utf-8")
@@ -199,7 +199,7 @@ def read_state(folder: Path) -> dict[str, Tensor]:
     """
     path, expected = _place(folder, _TENSORS), read_meta(folder)["sha256"]
     try:
-        if _digest(path) != expected:
+        if digest(path) != expected:
             raise ArchiveError(f"{path} is damaged, or not the file that {_META} belongs to (their SHA-256 differ)")
         with safe_open(str(path), framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -220,7 +220,7 @@ def read_adapter(folder: Path) -> LoraConfig:
     """
     path, meta = _place(folder, _ADAPTER), read_meta(folder)
     try:
-        if meta["format"] != 1 and _digest(path) != meta["adapter_sha256"]:
+        if meta["format"] != 1 and digest(path) != meta["adapter_sha256"]:
             raise ArchiveError(f"{path} is damaged, or not the file that {_META} belongs to (their SHA-256 differ)")
         return read_config(path.parent)
     except FileNotFoundError:
@@ -332,7 +332,7 @@ def _is_pending(folder: Path) -> bool:
             return False
         sums = {_TENSORS: meta["sha256"], _ADAPTER: meta["adapter_sha256"]}
         places = {name: folder / _NEW if (folder / _NEW / name).is_file() else folder for name in sums}
-        return all(_digest(places[name] / name) == expected for name, expected in sums.items())
+        return all(digest(places[name] / name) == expected for name, expected in sums.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
@@ -376,6 +376,7 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

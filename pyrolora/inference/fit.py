@@ -14,12 +14,13 @@ from transformers import TrainingArguments
 
 from pyrolora.guides.base import Guide
 from pyrolora.inference import processes
+from pyrolora.inference.checkpoints import last_checkpoint
 from pyrolora.inference.elbo import Objective
 from pyrolora.inference.noise import verdict
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predict import NonFiniteError, not_finite
 from pyrolora.inference.randomness import isolated, spawn
-from pyrolora.inference.trainer import ELBOTrainer, last_checkpoint
+from pyrolora.inference.trainer import ELBOTrainer
 from pyrolora.program import PyroLoRA, evaluating
 
 logger = logging.getLogger("pyrolora")

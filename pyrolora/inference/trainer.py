@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from pyrolora.guides.base import Step
 from pyrolora.inference import processes
+from pyrolora.inference.checkpoints import check, last_checkpoint, reading, seal
 from pyrolora.inference.elbo import Objective, Terms
 from pyrolora.inference.predict import NonFiniteError
 from pyrolora.inference.randomness import isolated
@@ -111,11 +111,26 @@ class ELBOTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                seal(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
             raise OSError(
                 f"step {self.state.global_step}: the checkpoint cannot be written to {self.args.output_dir}: {error}. "
                 f"The last complete one is {last_checkpoint(str(self.args.output_dir))}; make room, and resume."
             ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check(Path(resume_from_checkpoint))
+        with reading(f"{resume_from_checkpoint}: the guide's state cannot be read"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(f"{checkpoint}: optimizer.pt or scheduler.pt cannot be read"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(f"{checkpoint}: the state of the random numbers cannot be read"):
+            super()._load_rng_state(checkpoint)
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         return 0
@@ -187,21 +202,6 @@ def summary(terms: list[Terms], objective: Objective) -> dict[str, float]:
         **{f"kl/{name}": value for name, value in kl.items()},
         **{f"log_prior/{name}": value for name, value in log_prior.items()},
     }
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint that was written to its end; a kill while writing leaves one that was not.
-
-    The Trainer writes ``trainer_state.json`` last, so a checkpoint without a readable one is incomplete.
-    """
-    complete = []
-    for checkpoint in Path(folder).glob("checkpoint-*"):
-        try:
-            state = json.loads((checkpoint / "trainer_state.json").read_text())
-            complete.append((int(state["global_step"]), checkpoint))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return max(complete)[1] if complete else None
 
 
 class _Steps(TrainerCallback):

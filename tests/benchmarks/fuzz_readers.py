@@ -36,7 +36,7 @@ from pyrolora.construct import RecipeError
 from pyrolora.guides.inducing import Inducing
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
-from pyrolora.inference.archive import ArchiveError, _digest, sealed, write_json
+from pyrolora.inference.archive import ArchiveError, digest, sealed, write_json
 from pyrolora.inference.posterior import Posterior
 from pyrolora.recipe import Recipe
 from pyrolora.tasks.data import DataError
@@ -114,7 +114,7 @@ def forge(folder: Path, dice: random.Random) -> None:
         config = json.loads((folder / "adapter_config.json").read_text())
         replace_somewhere(config, dice)
         (folder / "adapter_config.json").write_text(json.dumps(config))
-        meta["adapter_sha256"] = _digest(folder / "adapter_config.json")
+        meta["adapter_sha256"] = digest(folder / "adapter_config.json")
     else:
         path = folder / "posterior.safetensors"
         state = load_file(path)
@@ -128,7 +128,7 @@ def forge(folder: Path, dice: random.Random) -> None:
         save_file(state, path)
         if changed == "header":
             path.write_bytes(dice.choice([2**63 - 1, 2**31, 0]).to_bytes(8, "little") + path.read_bytes()[8:])
-        meta["sha256"] = _digest(path)
+        meta["sha256"] = digest(path)
     write_json(folder / "posterior.json", sealed(meta))
 
 

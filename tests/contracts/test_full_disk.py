@@ -21,7 +21,7 @@ from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.fit import fit
 from pyrolora.inference.stream import predict_to_parquet
-from pyrolora.inference.trainer import last_checkpoint
+from pyrolora.inference.checkpoints import last_checkpoint
 from pyrolora.saved import load
 from tests.programs import sentences, tiny_program, untrained
 from tests.recipes import write_recipe, write_rows

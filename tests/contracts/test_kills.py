@@ -18,10 +18,10 @@ from tqdm import std
 from transformers import TrainingArguments
 
 from pyrolora.guides.mean_field import MeanField
+from pyrolora.inference.checkpoints import last_checkpoint
 from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.stream import predict_to_parquet
-from pyrolora.inference.trainer import last_checkpoint
 from tests.programs import sentences, tiny_program, untrained
 
 

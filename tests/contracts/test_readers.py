@@ -21,7 +21,7 @@ from pyrolora.adapters.checkpoint import load_adapter
 from pyrolora.adapters.sites import AdapterError
 from pyrolora.construct import RecipeError
 from pyrolora.guides.mean_field import MeanField
-from pyrolora.inference.archive import ArchiveError, _digest, read_adapter, read_meta, read_state, sealed, write_json
+from pyrolora.inference.archive import ArchiveError, digest, read_adapter, read_meta, read_state, sealed, write_json
 from pyrolora.inference.posterior import Posterior
 from pyrolora.recipe import Recipe
 from pyrolora.tasks import data
@@ -247,7 +247,7 @@ def test_an_arbitrary_adapter_configuration(whole: Path, where: float, value: An
         Damaged(path, json.dumps(replaced(json.loads(path.read_text()), where, value)).encode()),
         Damaged(posterior / "posterior.json", b""),
     ):
-        write_json(posterior / "posterior.json", sealed({**meta, "adapter_sha256": _digest(path)}))
+        write_json(posterior / "posterior.json", sealed({**meta, "adapter_sha256": digest(path)}))
         refused(lambda: Posterior.from_pretrained(posterior, tiny_bert()).draw(1))
 
 

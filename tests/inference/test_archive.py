@@ -443,7 +443,7 @@ def test_an_impossible_header_is_refused(folder, header):
     """Law: a tensor file whose header claims to be larger than any memory is refused at once, checksum or not."""
     path = folder / "posterior.safetensors"
     path.write_bytes(header.to_bytes(8, "little") + path.read_bytes()[8:])
-    change(folder, sha256=archive._digest(path))
+    change(folder, sha256=archive.digest(path))
     with pytest.raises(ArchiveError, match="not a safetensors file"):
         read_state(folder)
 
@@ -540,7 +540,7 @@ def test_a_file_that_is_no_safetensors_file(folder):
     """Law: a foreign file is an error also where its digest is the one that the JSON states."""
     path = folder / "posterior.safetensors"
     path.write_bytes(b"\x80\x04pickle, perhaps")
-    change(folder, sha256=archive._digest(path))
+    change(folder, sha256=archive.digest(path))
     with pytest.raises(ArchiveError, match="not a safetensors file"):
         read_state(folder)
 

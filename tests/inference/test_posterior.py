@@ -172,7 +172,7 @@ def forge(folder: Path, adapter: dict | None = None, **fields: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **(adapter or {})}))
     meta = {**json.loads((folder / "posterior.json").read_text()), **fields}
-    archive.write_json(folder / "posterior.json", archive.sealed({**meta, "adapter_sha256": archive._digest(path)}))
+    archive.write_json(folder / "posterior.json", archive.sealed({**meta, "adapter_sha256": archive.digest(path)}))
 
 
 def test_another_configuration_is_noticed(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def forge(folder: Path, *, adapter: dict | None = None, **fields: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **(adapter or {})}))
     meta = {**json.loads((folder / "posterior.json").read_text()), **fields}
-    sums = {"sha256": archive._digest(folder / "posterior.safetensors"), "adapter_sha256": archive._digest(path)}
+    sums = {"sha256": archive.digest(folder / "posterior.safetensors"), "adapter_sha256": archive.digest(path)}
     (folder / "posterior.json").write_text(json.dumps(sealed({**meta, **sums})))
 
 

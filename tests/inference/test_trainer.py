@@ -1,8 +1,7 @@
-"""The trainer: checkpoints that are whole, what it logs, its optimiser, and evaluation during training."""
+"""The trainer: what it logs, its optimiser, and evaluation during training."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.elbo import Objective, TemperedELBO, Terms
 from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
-from pyrolora.inference.trainer import ELBOTrainer, last_checkpoint, summary
+from pyrolora.inference.trainer import ELBOTrainer, summary
 from tests.programs import sentence_task, tiny_program
 
 
@@ -33,59 +32,6 @@ def trainer(folder: Path, guide: Guide, **changes: object) -> ELBOTrainer:
     return ELBOTrainer(
         Objective(program, guide), args=args, train_dataset=program.task.train, data_collator=program.task.collate
     )
-
-
-# -- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def checkpoint(folder: Path, step: int, state: str | None) -> Path:
-    path = folder / f"checkpoint-{step}"
-    path.mkdir()
-    (path / "model.safetensors").write_bytes(b"")
-    if state is not None:
-        (path / "trainer_state.json").write_text(state)
-    return path
-
-
-def whole(step: int) -> str:
-    return json.dumps({"global_step": step, "epoch": 1.0, "log_history": []})
-
-
-def test_the_newest_checkpoint_is_by_step(tmp_path: Path) -> None:
-    """Law: the newest is that of the highest step, by number and not by name."""
-    for step in (9, 100, 20):
-        checkpoint(tmp_path, step, whole(step))
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
-    assert last_checkpoint(str(tmp_path)) == tmp_path / "checkpoint-100"
-
-
-@pytest.mark.parametrize("state", [None, "", whole(30)[:20], "[]", "null", '{"epoch": 1.0}', '{"global_step": null}'])
-def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path, state: str | None) -> None:
-    """Law: without a whole trainer_state.json a checkpoint was not written to its end: the one before it counts."""
-    checkpoint(tmp_path, 20, whole(20))
-    checkpoint(tmp_path, 30, state)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
-
-
-def test_no_checkpoint_is_none(tmp_path: Path) -> None:
-    """Law: an empty folder, one without a whole checkpoint, and a missing one have none."""
-    assert last_checkpoint(tmp_path) is None
-    checkpoint(tmp_path, 1, None)
-    (tmp_path / "checkpoint-2").write_text("a file")
-    assert last_checkpoint(tmp_path) is None
-    assert last_checkpoint(tmp_path / "nowhere") is None
-
-
-def test_the_trainer_writes_what_is_found(tmp_path: Path) -> None:
-    """Law: checkpoints of a real run are found, hold the guide alone, and stop counting once truncated."""
-    run = trainer(tmp_path, MeanField(random="*"), save_strategy="steps", save_steps=2)
-    run.train()
-    last = last_checkpoint(tmp_path)
-    assert last == tmp_path / "checkpoint-4"
-    assert sum(file.stat().st_size for file in last.glob("model*")) < 30_000
-    state = last / "trainer_state.json"
-    state.write_text(state.read_text()[:-5])
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 # -- logs ------------------------------------------------------------------------------------------------------------
