@@ -226,7 +226,8 @@ class Inducing(Guide):
         """For every random matrix: λ, σ_V (root mean square), both KL terms in nats, and effective parameters.
 
         Effective parameters: ``Σ (1 − var_q V_ij)`` and ``m n (1 − λ²)``, where negative zero: how many numbers the
-        data have determined (MacKay 1992), the prior's variance being 1. Moments are estimated from draws.
+        data have determined (MacKay 1992), the prior's variance being 1. Where a KL has no closed form, that of a flow,
+        it is estimated from draws.
         """
         rows = {}
         for latent in self.latents.values():
@@ -238,7 +239,7 @@ class Inducing(Guide):
                 draws = torch.stack([self._family(latent).distribution().sample() for _ in range(num_draws)])
             kl = _mean_divergence(q, draws, self._family(latent).prior())
             noise = self._noise(latent)
-            variance = draws.var(0)
+            variance = self._family(latent).variance()
             size = latent.shape[1:].numel()
             row = {"sigma_V": float(variance.mean().sqrt()), "kl_V": kl}
             row["effective"] = float((1 - variance).clamp(min=0).sum())

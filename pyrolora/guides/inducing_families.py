@@ -41,6 +41,10 @@ class Family(nn.Module, ABC):
     def mean(self) -> Tensor:
         """``E[V]``, ``(layers, k_r, k_c)``."""
 
+    def variance(self) -> Tensor:
+        """``var V_ij``, ``(layers, k_r, k_c)``."""
+        return self.distribution().variance
+
     def scales(self) -> list[nn.Parameter]:
         """Parameters that are logarithms of scales: they want a learning rate of their own."""
         return [p for name, p in self.named_parameters() if name.startswith("log_")]
@@ -131,16 +135,26 @@ class Flow(Family):
         base = dist.Normal(self.loc, self.log_scale.exp()).to_event(2)
         return dist.TransformedDistribution(base, [AffineAutoregressive(net) for net in self.nets])
 
+    def mean(self) -> Tensor:
+        """Estimated from 256 draws of a fixed seed, the base's known mean as control variate."""
+        base, value = self._draws()
+        return self.loc + (value - base).mean(0)
+
+    def variance(self) -> Tensor:
+        """Estimated from the same draws, with the base's known variance."""
+        base, value = self._draws()
+        return ((2 * self.log_scale).exp() + value.var(0) - base.var(0)).clamp(min=0)
+
     @torch.no_grad()
-    def mean(self, num_draws: int = 256) -> Tensor:
-        """Estimated from ``num_draws`` draws of a fixed seed, the base's known mean as control variate."""
+    def _draws(self, num_draws: int = 256) -> tuple[Tensor, Tensor]:
+        """Of the base, and what the flow makes of them."""
         q = self.distribution()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             base = value = q.base_dist.sample(torch.Size((num_draws,)))
         for transform in q.transforms:
             value = transform(value)
-        return self.loc + (value - base).mean(0)
+        return base, value
 
 
 class Ensemble(Family):
@@ -169,6 +183,9 @@ class Ensemble(Family):
 
     def mean(self) -> Tensor:
         return self.members.mean(0)
+
+    def variance(self) -> Tensor:
+        return self.members.var(0, correction=0)
 
 
 def _tril(lower: Tensor, log_diagonal: Tensor) -> Tensor:

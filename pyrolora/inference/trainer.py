@@ -120,7 +120,6 @@ class ELBOTrainer(Trainer):
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        check(Path(resume_from_checkpoint))
         with reading(f"{resume_from_checkpoint}: the guide's state cannot be read"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -150,11 +149,13 @@ class ELBOTrainer(Trainer):
         return dict(zip(terms, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
     def finished(self, checkpoint: Path) -> list[dict[str, Any]] | None:
-        """Loads the checkpoint of a run that has had all its steps, and returns its log; None where steps are left.
+        """Checks a checkpoint; loads that of a run that has had all its steps, and returns its log, else None.
 
         The Trainer itself takes one step more where such a run ended within an epoch.
         """
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        check(checkpoint)
+        with reading(f"{checkpoint / 'trainer_state.json'} cannot be read"):
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if not 0 < self.args.max_steps <= state.global_step:
             return None
         self._load_from_checkpoint(str(checkpoint))

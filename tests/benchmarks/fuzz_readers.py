@@ -1,4 +1,4 @@
-"""Mutates saved posteriors, adapters, recipes and data at random: readers load them, or refuse with an error of ours.
+"""Mutates saved posteriors, checkpoints, adapters, recipes and data at random: they are loaded, or refused by us.
 
 What was damaged without its checksums being renewed must be refused, or be read to the bit as it was written. Files
 with renewed checksums are those of somebody who knows the format. Run: ``python tests/benchmarks/fuzz_readers.py``.
@@ -7,6 +7,7 @@ with renewed checksums are those of somebody who knows the format. Run: ``python
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import random
@@ -29,19 +30,23 @@ import torch
 import transformers
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
 
 from pyrolora.adapters.checkpoint import load_adapter
 from pyrolora.adapters.sites import AdapterError
 from pyrolora.construct import RecipeError
 from pyrolora.guides.inducing import Inducing
+from pyrolora.guides.input_adaptive import InputAdaptive
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
+from pyrolora.guides.subspace import Subspace
 from pyrolora.inference.archive import ArchiveError, digest, sealed, write_json
+from pyrolora.inference.fit import fit
 from pyrolora.inference.posterior import Posterior
 from pyrolora.recipe import Recipe
 from pyrolora.tasks.data import DataError
 from pyrolora.tasks.sequence_classification import SequenceClassification
-from tests.programs import MINILM, lora, sentence_task, sentences, tiny_bert, tokenizer, untrained
+from tests.programs import MINILM, lora, sentence_task, sentences, tiny_bert, tiny_program, tokenizer, untrained
 
 OURS = (ArchiveError, AdapterError, RecipeError, DataError)
 SECONDS = 60  # for one file, on a busy machine; a reader that takes longer hangs
@@ -66,8 +71,10 @@ guides: {{MeanField: {{init_scale: 0.1}}}}
 def prepare(root: Path) -> list[Path]:
     """One folder of each kind, whole."""
     folders = []
-    for guide in (MAP(), MeanField(), Inducing()):
+    for guide in (MAP(), MeanField(), Inducing(), InputAdaptive(), Subspace()):
         folders.append(untrained(guide).save_pretrained(root / f"posterior-{type(guide).__name__}"))
+    fit(tiny_program(), MeanField(), args=arguments(root / "run"))
+    folders.append((root / "run" / "checkpoint-1").rename(root / "checkpoint"))
     get_peft_model(tiny_bert(), lora()).save_pretrained(str(root / "adapter"))
     for name in ("recipe", "data"):
         (root / name).mkdir()
@@ -77,6 +84,11 @@ def prepare(root: Path) -> list[Path]:
     rows.to_csv(str(root / "data" / "data.csv"))
     rows.to_parquet(str(root / "data" / "data.parquet"))
     return [*folders, root / "adapter", root / "recipe", root / "data"]
+
+
+def arguments(folder: Path) -> TrainingArguments:
+    chosen: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "report_to": "none"}
+    return TrainingArguments(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **chosen)
 
 
 def damage(folder: Path, dice: random.Random, others: list[Path]) -> None:
@@ -162,6 +174,11 @@ def read(folder: Path, kind: str, whole: Path | None) -> None:
             state = posterior.guide.state_dict()
             assert all(torch.equal(state[name], value) for name, value in original.items()), "read other weights"
             assert repr(posterior) == repr(Posterior.from_pretrained(whole, tiny_bert(), task=sentence_task()))
+    elif kind == "checkpoint":
+        with tempfile.TemporaryDirectory() as run:
+            shutil.copytree(folder, Path(run) / "checkpoint-1")
+            posterior = fit(tiny_program(), MeanField(), args=arguments(Path(run)), resume=True)
+            torch.testing.assert_close(dict(posterior.guide.state_dict()), twice())
     elif kind == "adapter":
         load_adapter(tiny_bert(), folder)
     elif kind == "recipe":
@@ -173,6 +190,13 @@ def read(folder: Path, kind: str, whole: Path | None) -> None:
     else:
         for path in sorted(folder.iterdir()):
             SequenceClassification(tokenizer(), train=str(path), max_length=16)
+
+
+@functools.cache
+def twice() -> dict[str, Any]:
+    """The state of a run that was not interrupted, which is also that of one whose checkpoint is passed over."""
+    with tempfile.TemporaryDirectory() as run:
+        return dict(fit(tiny_program(), MeanField(), args=arguments(Path(run))).guide.state_dict())
 
 
 def outcome(action: Callable[[], None]) -> tuple[str, str]:

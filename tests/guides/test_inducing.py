@@ -106,15 +106,16 @@ def test_noise_shrinks_with_slope_two() -> None:
 # -- the declared prior ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize(("size", "rank_size"), [(1, None), (2, None), (5, None), (5, 1)])
 @pytest.mark.parametrize("correlation", [0.0, 0.6])
-def test_augmentation_keeps_the_declared_prior(size: int, correlation: float) -> None:
+def test_augmentation_keeps_the_declared_prior(size: int, rank_size: int | None, correlation: float) -> None:
     """Law (L3): in the augmented program W has the declared covariance, whatever Z and D."""
     declared = Normal(0.3) if correlation == 0 else MatrixNormal(0.3, correlation)
     program = tiny_program({"lora.query.A": declared, **PRIORS})
     # One inducing variable cannot hold PEFT's start of A, of rank two: stand at zero.
     program.latents["lora.query.A"].start.zero_()
-    guide = bound(program, random="lora.query.A", size=size)
+    guide = bound(program, random="lora.query.A", size=size, rank_size=rank_size)
+    assert [side is None for side in guide._sides(program.latents["lora.query.A"])] == [rank_size is None, False]
     with torch.no_grad(), isolated(2), poutine.block():
         for parameter in guide.inducing.values():
             parameter.add_(0.5 * torch.randn_like(parameter))
@@ -187,6 +188,24 @@ def test_the_elbo_has_both_divergences_exactly() -> None:
     assert described["kl_V"] == pytest.approx(rows[0]["lora.query.A.V"], rel=1e-4)
     assert described["kl_conditional"] == pytest.approx(rows[0]["lora.query.A"], rel=1e-4)
     assert described["lambda"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("posterior", ["diagonal", "matrix", "full"])
+def test_it_describes_what_was_learnt(posterior: str) -> None:
+    """Law: with var V_ij = σ² everywhere σ_V is σ, and Σ(1 − σ²) + mn(1 − λ²) numbers are determined; at σ = λ = 1,
+    the prior, none is, and at σ > 1 not less than none."""
+    guide = bound(trained(), posterior=posterior, size=3, conditional="fixed", conditional_scale=0.8)
+    for family in guide.families.values():
+        name = {"diagonal": "log_scale", "matrix": "log_row", "full": "log_diagonal"}[posterior]
+        getattr(family, name).data.fill_(math.log(0.5))
+    row = guide.describe()["lora.query.A"]
+    assert row["sigma_V"] == pytest.approx(0.5) and row["lambda"] == pytest.approx(0.8)
+    assert row["effective"] == pytest.approx(2 * 2 * 3 * 0.75 + 2 * 2 * 16 * 0.36)
+    guide.conditional_scale = 1.0
+    for sigma in (0.0, 0.5):
+        for family in guide.families.values():
+            getattr(family, name).data.fill_(sigma)
+        assert guide.describe()["lora.query.A"]["effective"] == pytest.approx(0, abs=1e-4)
 
 
 REFUSED = {
