@@ -18,6 +18,8 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
+from pyrolora.guides.base import Guide
+from pyrolora.guides.inducing import Inducing
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.fit import default_arguments, fit
@@ -256,3 +258,21 @@ def test_launched_processes_that_would_fit_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"2 processes were launched.*use_cpu=True"):
         fit(tiny_program(), MAP(), args=arguments)
+
+
+@pytest.mark.parametrize(
+    ("guide", "said"),
+    [
+        (Inducing(init_scale=1e-6, conditional="fixed", conditional_scale=1e-6), "Draws are indistinguishable"),
+        (MeanField(random="*", init_scale=1.0), "lost in it, and the posterior is close to the prior"),
+        (MAP(), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_noise_of_no_use_is_said(
+    guide: Guide, said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Law: after a fit whose draws are all one model, or whose update is all noise, a warning says so."""
+    fit(tiny_program(), guide, args=arguments(tmp_path, max_steps=1, learning_rate=1e-3))
+    words = [record.getMessage() for record in caplog.records if "noise of ΔW" in record.getMessage()]
+    assert len(words) == (said is not None) and (said is None or said.lower() in words[0].lower())
