@@ -93,8 +93,8 @@ def peers(found: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def overhead(found: Mapping[str, Any]) -> Iterator[Row]:
-    for width, row in found.items():
-        name = f"{row['sites']} sites, {row['layers']} layers, width {width.removeprefix('width ')}"
+    for row in found.values():
+        name = f"{row['sites']} sites, {row['layers']} layers, width {row['width']}"
         yield f"{name}: a step", ratio(row), ""
         yield f"{name}: overhead, ms", f"{row['overhead']:.1f}", ""
 

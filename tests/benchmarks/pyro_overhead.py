@@ -4,13 +4,15 @@ Run: python tests/benchmarks/pyro_overhead.py --out pyro.json
 Times one step of the program's and the guide's sampling, placement, KL and backward, and beside it, interleaved, the
 same tensor operations written by hand; the difference is Pyro's overhead. Once with the sites, layers and modules of
 7B but narrow matrices, where arithmetic costs nothing and the overhead is all that one sees, and once at full width,
-where 20 million random numbers a step dominate on a CPU.
+where 20 million random numbers a step dominate on a CPU. Then, narrow again, with --depths layers: sites are stacked
+over layers, so what grows is only that each layer's weights are put on its modules.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -96,11 +98,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 4096])
+    parser.add_argument("--depths", type=int, nargs="*", default=[8, 16, 32, 64, 128])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     found = {
         f"width {width}": report(program(options.layers, width), width, options.rounds) for width in options.widths
     }
+    narrow = min(options.widths)
+    for depth in options.depths:
+        found[f"{depth} layers"] = report(program(depth, narrow), narrow, options.rounds)
+    if len(options.depths) > 1:
+        rows = [found[f"{depth} layers"] for depth in options.depths]
+        logs = [[math.log(row[name]) for row in rows] for name in ("layers", "overhead")]
+        print(f"overhead grows with layers to the power {statistics.linear_regression(*logs).slope:.2f}")
     if options.out:
         options.out.write_text(json.dumps(found, indent=2))
 
@@ -125,7 +135,7 @@ def report(made: PyroLoRA, width: int, rounds: int) -> dict[str, Any]:
         f"{medians['pyro']:.1f} ms a step, {medians['by hand']:.1f} ms by hand, overhead {difference:.1f} ms"
     )
     ratios = [a / b for a, b in zip(times["pyro"][2:], times["by hand"][2:], strict=True)]
-    about = {"sites": len(made.sites), "layers": layers, "numbers": numbers}
+    about = {"sites": len(made.sites), "layers": layers, "width": width, "numbers": numbers}
     return {**about, **medians, "overhead": difference, **interval(ratios)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -15,10 +16,11 @@ from pyro.poutine.util import site_is_subsample
 from transformers import BertConfig, BertForSequenceClassification
 
 from pyrolora import priors
+from pyrolora.guides.base import key
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.archive import describe, rebuild
-from pyrolora.inference.elbo import TemperedELBO
+from pyrolora.inference.elbo import Objective, TemperedELBO
 from pyrolora.likelihoods.categorical import Categorical
 from pyrolora.priors.base import PriorError, checked
 from pyrolora.program import PyroLoRA
@@ -228,6 +230,23 @@ def students_t(site):
     """A user's own prior, all of it: heavy tails with a learnt scale for the site."""
     scale = pyro.sample(f"{site.name}.scale", dist.LogNormal(-2.0, 0.5))
     return dist.StudentT(4.0, 0.0, scale).expand(site.shape).to_event(site.event_dim)
+
+
+@pytest.mark.parametrize("exponent", [-8, -4, 4, 8])
+@pytest.mark.parametrize("name", ["ARD", "Hierarchical", "Horseshoe"])
+def test_extreme_hyper_parameters_are_finite(name, exponent):
+    """Law: where q of an unknown scale stands at 1e-8 to 1e8, one after another, objective and gradients are finite."""
+    program = program_with(name)
+    hypers = [latent for latent in program.latents.values() if latent.group is None]
+    assert hypers
+    for latent in hypers:
+        pyro.set_rng_seed(0)
+        guide = MeanField(random="*")
+        guide.bind(program)
+        guide.loc[key(latent)].data.fill_(exponent * math.log(10))
+        loss = Objective(program, guide)(batch())
+        gradients = torch.autograd.grad(loss, list(guide.parameters()))
+        assert torch.isfinite(loss) and not [g for g in gradients if not torch.isfinite(g).all()], latent.name
 
 
 def test_a_users_own_prior_in_a_program():

@@ -153,3 +153,14 @@ def test_foreign_checksums_are_refused(middle: Path, content: str) -> None:
     (middle / "checksums.json").write_text(content)
     with pytest.raises(ArchiveError, match=r"checksums|missing"):
         check(middle)
+
+
+def test_a_foreign_state_of_the_trainer_is_refused(middle: Path) -> None:
+    """Law: a trainer_state.json with other fields is refused by name, sealed or not, and is no bare TypeError."""
+    path = middle / "trainer_state.json"
+    path.write_text(path.read_text().replace("num_train_epochs", "num_train_epoch"))
+    with pytest.raises(ArchiveError, match=r"trainer_state.json is damaged, or of another run"):
+        run(middle.parent, resume=True)
+    (middle / "checksums.json").unlink()
+    with pytest.raises(ArchiveError, match=r"trainer_state.json cannot be read: .*num_train_epoch"):
+        run(middle.parent, resume=True)
