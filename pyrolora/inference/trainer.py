@@ -14,6 +14,7 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from pyrolora.guides.base import Step
 from pyrolora.inference import processes
+from pyrolora.inference.archive import ArchiveError
 from pyrolora.inference.checkpoints import check, last_checkpoint, reading, seal
 from pyrolora.inference.elbo import Objective, Terms
 from pyrolora.inference.predict import NonFiniteError
@@ -113,7 +114,7 @@ class ELBOTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 seal(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        except (OSError, RuntimeError, SafetensorError, ArchiveError) as error:  # torch and safetensors have their own
             raise OSError(
                 f"step {self.state.global_step}: the checkpoint cannot be written to {self.args.output_dir}: {error}. "
                 f"The last complete one is {last_checkpoint(str(self.args.output_dir))}; make room, and resume."

@@ -22,6 +22,7 @@ from pyrolora.guides.base import Guide
 from pyrolora.guides.dropout import Dropout
 from pyrolora.guides.ensemble import Ensemble
 from pyrolora.guides.inducing import Inducing
+from pyrolora.guides.input_adaptive import InputAdaptive
 from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.map import MAP
 from pyrolora.guides.mean_field import MeanField
@@ -74,6 +75,8 @@ def guides_of(model: str) -> dict[str, Guide]:
             "Dropout": Dropout(),
             "TFB after MAP": TFB(optimise=True),
             "Subspace": Subspace(scale_learning_rate=2.0),
+            "BLoB": MeanField.blob(),
+            "InputAdaptive": InputAdaptive(),
             "Inducing": Inducing(scale_learning_rate=2.0),
             "Inducing, A and B": Inducing(random="lora.*", scale_learning_rate=2.0),
             "Inducing, product": Inducing(structure="product", scale_learning_rate=2.0),
