@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, constraints
 
 from pyrolora.adapters.checkpoint import fingerprint, load_adapter
+from pyrolora.adapters.noise import full_precision
 from pyrolora.adapters.placement import Pass, Placement
 from pyrolora.adapters.sites import SiteGroup, find_sites
 from pyrolora.distributions.flat import Flat
@@ -197,7 +198,7 @@ class PyroLoRA(nn.Module):
             return
         before, self._precision = self._precision, partial(torch.autocast, kind, torch.get_autocast_dtype(kind))
         try:
-            with torch.autocast(kind, enabled=False):
+            with full_precision(self.device):
                 yield
         finally:
             self._precision = before

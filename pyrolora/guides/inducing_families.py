@@ -12,6 +12,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.distributions.transforms import AffineAutoregressive
 from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
 from pyrolora.distributions.full_normal import FullMatrixNormal
 from pyrolora.distributions.matrix_normal import MatrixNormal
@@ -44,6 +45,10 @@ class Family(nn.Module, ABC):
     def variance(self) -> Tensor:
         """``var V_ij``, ``(layers, k_r, k_c)``."""
         return self.distribution().variance
+
+    def divergence(self) -> Tensor:
+        """``KL(q(V) ‖ N(0, I))`` in nats, ``(layers,)``."""
+        return kl_divergence(self.distribution(), self.prior())  # type: ignore[arg-type]
 
     def scales(self) -> list[nn.Parameter]:
         """Parameters that are logarithms of scales: they want a learning rate of their own."""
@@ -146,6 +151,12 @@ class Flow(Family):
         return ((2 * self.log_scale).exp() + value.var(0) - base.var(0)).clamp(min=0)
 
     @torch.no_grad()
+    def divergence(self) -> Tensor:
+        """Estimated from the same draws."""
+        _, value = self._draws()
+        return (self.distribution().log_prob(value) - self.prior().log_prob(value)).mean(0)
+
+    @torch.no_grad()
     def _draws(self, num_draws: int = 256) -> tuple[Tensor, Tensor]:
         """Of the base, and what the flow makes of them."""
         q = self.distribution()
@@ -186,6 +197,10 @@ class Ensemble(Family):
 
     def variance(self) -> Tensor:
         return self.members.var(0, correction=0)
+
+    def divergence(self) -> Tensor:
+        """The mean over members of what each costs as a point: ``−log p(V_k)``."""
+        return -self.prior().log_prob(self.members).mean(0)
 
 
 def _tril(lower: Tensor, log_diagonal: Tensor) -> Tensor:

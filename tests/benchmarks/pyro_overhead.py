@@ -101,14 +101,14 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="*", default=[8, 16, 32, 64, 128])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    found = {
-        f"width {width}": report(program(options.layers, width), width, options.rounds) for width in options.widths
-    }
     narrow = min(options.widths)
-    for depth in options.depths:
-        found[f"{depth} layers"] = report(program(depth, narrow), narrow, options.rounds)
-    if len(options.depths) > 1:
-        rows = [found[f"{depth} layers"] for depth in options.depths]
+    sizes = [(options.layers, width) for width in options.widths] + [(depth, narrow) for depth in options.depths]
+    found = {
+        f"{layers} layers, width {width}": report(program(layers, width), width, options.rounds)
+        for layers, width in dict.fromkeys(sizes)
+    }
+    rows = [row for row in found.values() if row["width"] == narrow]
+    if len(rows) > 1:
         logs = [[math.log(row[name]) for row in rows] for name in ("layers", "overhead")]
         print(f"overhead grows with layers to the power {statistics.linear_regression(*logs).slope:.2f}")
     if options.out:

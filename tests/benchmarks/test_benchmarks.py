@@ -57,9 +57,9 @@ def test_large_shapes(tmp_path: Path) -> None:
 def test_pyros_overhead(tmp_path: Path, suite: ModuleType) -> None:
     """Law: the overhead is written for each width and depth, and is rows of the suite's table."""
     (tmp_path / "runs").mkdir()
-    sizes = ("--layers", "2", "--widths", "32", "--depths", "3", "4")
+    sizes = ("--layers", "2", "--widths", "32", "--depths", "2", "3", "4")
     found = run("pyro_overhead", tmp_path / "runs" / "pyro.json", *sizes, "--rounds", "3")
-    assert found.keys() == {"width 32", "3 layers", "4 layers"}
+    assert found.keys() == {f"{layers} layers, width 32" for layers in (2, 3, 4)}
     assert [(row["sites"], row["layers"]) for row in found.values()] == [(14, 2), (14, 3), (14, 4)]
     table = suite.table(tmp_path / "runs")
     assert "Pyro's overhead" in table and "| 14 sites, 2 layers, width 32: a step | " in table

@@ -65,6 +65,18 @@ def test_variance_is_that_of_its_draws(kind: type[Family]) -> None:
     assert torch.allclose(found, expected, rtol={Flow: 0.25, Ensemble: 0.06}.get(kind, 0.03))
 
 
+@pytest.mark.parametrize("kind", [*GAUSSIAN, Flow, Ensemble])
+def test_divergence_is_the_mean_log_ratio(kind: type[Family]) -> None:
+    """Law: ``divergence`` is E[log q(V) − log p(V)], of an ensemble E_k[−log p(V_k)]; a flow's is an estimate."""
+    family = moved(kind)
+    if isinstance(family, Ensemble):
+        expected = -family.prior().log_prob(members(family)).mean(0)
+    else:
+        value = draws(family)
+        expected = (family.distribution().log_prob(value) - family.prior().log_prob(value)).mean(0)
+    assert torch.allclose(family.divergence(), expected, rtol=0.1 if kind is Flow else 0.02)
+
+
 @pytest.mark.parametrize("kind", GAUSSIAN)
 def test_divergence_from_the_white_prior(kind: type[Family]) -> None:
     """Law: the closed form that the ELBO uses equals that of dense Normals with the covariance of the draws' law."""
