@@ -17,21 +17,7 @@ from pyrolora.adapters.sites import AdapterError, SiteGroup
 Kind = Literal["weight", "example", "local", "flipout"]
 # Of a module's input and output, the new output.
 Change = Callable[[Tensor, Tensor], Tensor]
-
-
-class Squares:
-    """``x²`` in float32, made once where several modules see one tensor, as queries and values do.
-
-    No gradient: that of ``"local"`` noise is written down by hand.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._last is None or self._last[0] is not x:
-            self._last = x, x.detach().float().square()
-        return self._last[1]
+_Place = tuple[str, int]  # a site and a layer
 
 
 def bottleneck_noise(
@@ -42,7 +28,6 @@ def bottleneck_noise(
     examples: int,
     factor: Tensor | None = None,
     where: str = "a module",
-    squares: Squares | None = None,
 ) -> Tensor:
     """What ``W − W̄`` adds to ``W̄ x`` where ``W_ij ~ N(W̄_ij, f_n² σ_ij²)`` for example n.
 
@@ -64,7 +49,6 @@ def bottleneck_noise(
         examples: How many there are.
         factor: f, ``(examples,)``; None is 1.
         where: The module's name, for the message.
-        squares: Shared by the modules of a model; only ``"local"`` uses it.
 
     Returns:
         ``(rows, ..., out)``.
@@ -79,7 +63,7 @@ def bottleneck_noise(
     with full_precision(x.device):
         scale = scale.float()
         if kind == "local":
-            square = (squares or Squares())(x).flatten(0, -2)
+            square = x.detach().float().square().flatten(0, -2)
             epsilon = torch.randn(len(square), len(scale), device=x.device)
             noise, _ = _Local.apply(x.flatten(0, -2), square, scale, epsilon)
         elif kind == "example":
@@ -89,10 +73,60 @@ def bottleneck_noise(
             noise = _flipped(x.flatten(0, -2), scale * torch.randn_like(scale))
         else:
             noise = x.float() @ (scale * torch.randn_like(scale)).mT
-        shape = (*x.shape[:-1], scale.shape[0])
-        if factor is not None:
-            noise = noise.reshape(examples, -1) * factor.unsqueeze(-1)
-        return noise.reshape(shape)
+        noise = noise.reshape(*x.shape[:-1], len(scale))
+        return noise if factor is None else _times(noise, factor)
+
+
+class Stack:
+    """`bottleneck_noise` for modules that read one tensor, as queries and values do, made in one pass over it.
+
+    Of the lora_A modules that stand under one parent and have as many inputs, the first to run makes the noise of all,
+    as if their matrices were one. Each of the others takes its part if it reads that very tensor, and makes its own if
+    not. Draws are independent of each other, so that the law of the noise is the same either way.
+
+    Under activation checkpointing modules of one parent have to lie in one checkpointed block, as those of a
+    transformer's layer do: its recomputation makes and takes the same noise again.
+
+    Args:
+        groups: The sites with noise.
+        scale: Of a site's name and a layer's index, the σ of that module, ``(out, in)``.
+    """
+
+    def __init__(self, groups: Iterable[SiteGroup], scale: Callable[[str, int], Tensor]) -> None:
+        self._scale = scale
+        families: dict[tuple[str, int], list[_Place]] = {}
+        for group in groups:
+            for layer, name in enumerate(group.layers if group.role == "A" else ()):
+                families.setdefault((name.rpartition(".")[0], group.shape[-1]), []).append((group.name, layer))
+        # Of each module, those that it makes noise for: those that run before it have theirs already.
+        self._beside = {place: family[i:] for family in families.values() for i, place in enumerate(family)}
+        self._made: dict[_Place, tuple[Tensor, Tensor]] = {}  # whose noise is made: for which input, and the noise
+
+    def noise(
+        self,
+        kind: Kind,
+        x: Tensor,
+        site: str,
+        layer: int,
+        *,
+        examples: int,
+        factor: Tensor | None = None,
+        where: str = "a module",
+    ) -> Tensor:
+        """`bottleneck_noise` of one module, ``(rows, ..., out)``."""
+        place = (site, layer)
+        made_for, noise = self._made.pop(place, (None, x))
+        if made_for is not x:
+            places = self._beside.get(place, [place])
+            scales = [self._scale(*each) for each in places]
+            noise = bottleneck_noise(kind, x, torch.cat(scales), examples=examples, where=where)
+            noise, *others = noise.split([len(scale) for scale in scales], -1)
+            self._made = {each: (x, other) for each, other in zip(places[1:], others, strict=True)}
+        if factor is None:
+            return noise
+        _check_rows(len(x), examples, where)
+        with full_precision(x.device):
+            return _times(noise, factor)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -127,6 +161,11 @@ def require_linear(model: nn.Module, site: SiteGroup, what: str, advice: str) ->
         above = path.rpartition(".lora_")[0]
         if above and isinstance(model.get_submodule(above), ParamWrapper):
             raise AdapterError(f"{above}: expert parameters run no module: {what} cannot serve {site.name!r}; {advice}")
+
+
+def _times(noise: Tensor, factor: Tensor) -> Tensor:
+    """Each example's noise times its factor."""
+    return (noise.reshape(len(factor), -1) * factor.unsqueeze(-1)).reshape(noise.shape)
 
 
 def _check_rows(rows: int, examples: int, where: str) -> None:
@@ -183,7 +222,7 @@ class _Flipped(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
-        return (x.to(weight.dtype) * inner) @ weight.mT * outer
+        return (inner.to(weight.dtype).mul_(x) @ weight.mT).mul_(outer)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -193,8 +232,8 @@ class _Flipped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, inner, outer = ctx.saved_tensors
         grad = grad * outer
-        by_x = ((grad @ weight) * inner).to(x.dtype) if ctx.needs_input_grad[0] else None
-        by_weight = grad.mT @ (x.to(weight.dtype) * inner) if ctx.needs_input_grad[1] else None
+        by_x = (grad @ weight).mul_(inner).to(x.dtype) if ctx.needs_input_grad[0] else None
+        by_weight = grad.mT @ inner.to(weight.dtype).mul_(x) if ctx.needs_input_grad[1] else None
         return by_x, by_weight, None, None
 
 

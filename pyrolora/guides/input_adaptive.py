@@ -15,15 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 from torch.nn import functional
 
-from pyrolora.adapters.noise import (
-    Change,
-    Kind,
-    Squares,
-    bottleneck_noise,
-    changed_outputs,
-    full_precision,
-    require_linear,
-)
+from pyrolora.adapters.noise import Change, Kind, Stack, changed_outputs, full_precision, require_linear
 from pyrolora.adapters.sites import SiteGroup
 from pyrolora.distributions.multipliers import Multipliers
 from pyrolora.guides.base import Card, Guide, check_choice, matches
@@ -178,9 +170,9 @@ class InputAdaptive(Guide):
     @contextlib.contextmanager
     def hooks(self, program: PyroLoRA) -> Iterator[None]:
         """Noise on the outputs of the lora_A modules, of passes with this guide's local latent variables."""
-        squares = Squares()
+        stack = Stack(self._groups.values(), lambda site, layer: program.running[site][layer])
         changes = [
-            (path, self._change(program, site, layer, squares))
+            (path, self._change(program, site, layer, stack))
             for site, group in self._groups.items()
             for layer, (path, _) in enumerate(group.holders)
         ]
@@ -190,16 +182,15 @@ class InputAdaptive(Guide):
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _change(self, program: PyroLoRA, site: str, layer: int, squares: Squares) -> Change:
-        options: dict[str, Any] = {"where": self._groups[site].layers[layer], "squares": squares}
+    def _change(self, program: PyroLoRA, site: str, layer: int, stack: Stack) -> Change:
+        where = self._groups[site].layers[layer]
 
         def change(x: Tensor, output: Tensor) -> Tensor:
             # The values of this pass, also where it is recomputed. A pass for features, or without noise, has none.
             if _name(site) not in program.running:
                 return output
-            factor, scale = self._factors[site][layer], program.running[site][layer]
-            kind = self.noise if self.training else self.predictive
-            noise = bottleneck_noise(kind, x, scale, examples=len(factor), factor=factor, **options)
+            kind, factor = self.noise if self.training else self.predictive, self._factors[site][layer]
+            noise = stack.noise(kind, x, site, layer, examples=len(factor), factor=factor, where=where)
             return output + noise.to(output.dtype)
 
         return change

@@ -12,7 +12,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
-from pyrolora.adapters.noise import Change, Kind, Squares, bottleneck_noise, changed_outputs, require_linear
+from pyrolora.adapters.noise import Change, Kind, Stack, bottleneck_noise, changed_outputs, require_linear
+from pyrolora.adapters.sites import SiteGroup
 from pyrolora.distributions.centred import Centred
 from pyrolora.guides.base import Card, Guide, check_choice, key, unconstrained
 from pyrolora.program import Batch, Latent, PyroLoRA
@@ -136,12 +137,12 @@ class MeanField(Guide):
 
     @contextlib.contextmanager
     def hooks(self, program: PyroLoRA) -> Iterator[None]:
-        squares = Squares()
+        groups = [latent.group for latent in self.latents.values() if latent.group and self._in_activations(latent)]
+        stack = Stack(groups, lambda site, layer: self._scales[site][layer])
         changes = [
-            (path, self._change(latent, layer, parameter, squares))
-            for latent in self.latents.values()
-            if self._in_activations(latent) and latent.group is not None
-            for layer, (path, parameter) in enumerate(latent.group.holders)
+            (path, self._change(group, layer, parameter, stack))
+            for group in groups
+            for layer, (path, parameter) in enumerate(group.holders)
         ]
         with changed_outputs(program.model, changes):
             yield
@@ -162,19 +163,18 @@ class MeanField(Guide):
     def _in_activations(self, latent: Latent) -> bool:
         return self.noise != "weight" and latent.group is not None and self.is_random(latent)
 
-    def _change(self, latent: Latent, layer: int, parameter: str, squares: Squares) -> Change:
+    def _change(self, group: SiteGroup, layer: int, parameter: str, stack: Stack) -> Change:
         """Adds the noise of one module's weight or bias to its output, while the guide trains."""
-        assert latent.group is not None
-        options: dict[str, Any] = {"where": latent.group.layers[layer], "squares": squares}
 
         def change(x: Tensor, output: Tensor) -> Tensor:
             if not self.training:
                 return output
-            scale = self._scales[latent.name][layer]
-            if parameter == "bias":  # the weight of an input that is always 1
-                x, scale = x.new_ones(*x.shape[:-1], 1), scale.unsqueeze(-1)
-            examples = self._num_examples or x.shape[0]
-            noise = bottleneck_noise(self.noise, x, scale, examples=examples, **options)
+            options: dict[str, Any] = {"examples": self._num_examples or len(x), "where": group.layers[layer]}
+            if parameter == "weight":
+                noise = stack.noise(self.noise, x, group.name, layer, **options)
+            else:  # a bias is the weight of an input that is always 1
+                ones, scale = x.new_ones(*x.shape[:-1], 1), self._scales[group.name][layer].unsqueeze(-1)
+                noise = bottleneck_noise(self.noise, ones, scale, **options)
             return output + noise.to(output.dtype)
 
         return change

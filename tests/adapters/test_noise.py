@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from pyrolora.adapters.noise import (
-    Squares,
+    Stack,
     _Flipped,
     _Local,
     _signs,
@@ -19,7 +19,7 @@ from pyrolora.adapters.noise import (
     changed_outputs,
     require_linear,
 )
-from pyrolora.adapters.sites import AdapterError, find_sites
+from pyrolora.adapters.sites import AdapterError, SiteGroup, find_sites
 from tests.conftest import ARCHITECTURES
 
 EXAMPLES, TOKENS, OUT, IN = 3, 2, 2, 4
@@ -56,7 +56,7 @@ def brute_force(kind: str, x: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
         "local": torch.eye(len(rows)),
         "flipout": torch.eye(len(rows)),
     }[kind]
-    return torch.einsum("tiu,tu,ij->tiuj", full, same, torch.eye(OUT)).reshape(len(rows) * OUT, -1)
+    return torch.einsum("tiu,tu,ij->tiuj", full, same, torch.eye(len(scale))).reshape(len(rows) * len(scale), -1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,19 +135,91 @@ def test_flipout_keeps_a_byte_for_each_number_that_it_reads(dtype: torch.dtype) 
     assert [t.dtype for t in added] == [torch.int8]
 
 
-def test_squares_are_shared_by_modules_of_one_input() -> None:
-    """Law: one tensor is squared once, another anew, and noise and gradients are those without sharing."""
-    x, scale, _ = inputs()
-    squares, found = Squares(), []
-    assert squares(x) is squares(x) and torch.equal(squares(x), x.square())
-    assert torch.equal(squares(2 * x), 4 * x.square())
-    for shared in (None, squares):
-        own = x.clone().requires_grad_()
+def site(kind: str, layers: tuple[str, ...], *, out: int = OUT, fan_in: int = IN) -> SiteGroup:
+    """The lora_A of some layers, as `find_sites` describes it."""
+    holders = tuple((f"{layer}.lora_A.default", "weight") for layer in layers)
+    shape = torch.Size((len(layers), out, fan_in))
+    ones = (1.0,) * len(layers)
+    return SiteGroup(
+        f"lora.{kind}.A", "A", holders, layers, shape, ("layer", "rank", "in_feature"), ones, torch.float32
+    )
+
+
+GROUPS = (site("q", ("0.self.q", "1.self.q")), site("v", ("0.self.v", "1.self.v"), out=3), site("o", ("0.self.o",)))
+
+
+SIGMA = {group.name: torch.rand(group.shape, generator=torch.Generator().manual_seed(3)) + 0.2 for group in GROUPS}
+
+
+def sigma(name: str, layer: int) -> Tensor:
+    """σ of a module of GROUPS."""
+    return SIGMA[name][layer]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reads_the_same", [True, False])
+def test_modules_of_one_input_have_independent_noise(kind: str, reads_the_same: bool) -> None:
+    """Law: stacked or not, each module's noise has the covariance of its own weight matrices, and no two modules'
+    noise is correlated."""
+    x, _, factor = inputs()
+    others = x if reads_the_same else x.flip(0)
+
+    def one(_: Tensor) -> tuple[Tensor, Tensor]:
+        stack = Stack(GROUPS, sigma)
+        first = stack.noise(kind, x, "lora.q.A", 0, examples=EXAMPLES, factor=factor)  # type: ignore[arg-type]
+        second = stack.noise(kind, others, "lora.v.A", 0, examples=EXAMPLES, factor=factor.flip(0))  # type: ignore[arg-type]
+        return first, second
+
+    q, v = (noise.reshape(DRAWS, -1) for noise in torch.vmap(one, randomness="different")(torch.zeros(DRAWS)))
+    bound = 5 * math.sqrt((8 if kind == "flipout" else 2) / DRAWS)
+    spreads = []
+    for noise, rows, name, f in ((q, x, "lora.q.A", factor), (v, others, "lora.v.A", factor.flip(0))):
+        exact = brute_force(kind, rows, sigma(name, 0), f)
+        spread = exact.diagonal().sqrt()
+        assert ((noise.T @ noise / DRAWS - exact).abs() < bound * spread[:, None] * spread).all()
+        spreads.append(spread)
+    assert ((q.T @ v / DRAWS).abs() < bound * spreads[0][:, None] * spreads[1]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stacked_noise_has_the_gradients_of_separate_noise(kind: str) -> None:
+    """Law: given the draws, the noise and its derivatives in x and every σ are those of modules run one by one."""
+    x, _, factor = inputs()
+    scales = {name: sigma(name, 0).requires_grad_() for name in ("lora.q.A", "lora.v.A")}
+    found = []
+    for stacked in (True, False):
+        leaves = [x.clone().requires_grad_(), *scales.values()]
         torch.manual_seed(0)
-        for _ in range(2):
-            bottleneck_noise("local", own, scale, examples=EXAMPLES, squares=shared).sum().backward()
-        found.append(own.grad)
-    assert torch.equal(found[0], found[1])
+        stack = Stack(GROUPS[:2], lambda name, _: scales[name])
+        if stacked:
+            parts = [stack.noise(kind, leaves[0], name, 0, examples=EXAMPLES, factor=factor) for name in scales]  # type: ignore[arg-type]
+            whole = torch.cat(parts, -1)
+        else:  # block by block of one matrix
+            both = torch.cat(list(scales.values()))
+            whole = bottleneck_noise(kind, leaves[0], both, examples=EXAMPLES, factor=factor)  # type: ignore[arg-type]
+        found.append((whole, *torch.autograd.grad(whole.square().sum(), leaves)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stack_reads_its_input_once() -> None:
+    """Law: flipout's signs of the inputs are made once for modules that read one tensor, and anew for other tensors,
+    other layers and a second run of the same module."""
+    x = torch.randn(EXAMPLES, TOKENS, IN)
+    stack, made = Stack(GROUPS, sigma), []
+
+    def noise(x: Tensor, name: str, layer: int = 0) -> Tensor:
+        before = torch.get_rng_state()
+        result = stack.noise("flipout", x, f"lora.{name}.A", layer, examples=EXAMPLES)
+        made.append(not torch.equal(before, torch.get_rng_state()))
+        return result
+
+    first, _, _ = noise(x, "q"), noise(x, "v"), noise(x + 1, "o")
+    assert made == [True, False, True]  # what reads another tensor has noise of its own
+    again, _ = noise(x, "q"), noise(x, "v", 1)
+    assert made[3:] == [True, True] and not torch.equal(first, again)
+    alone, _ = noise(x, "v"), noise(x, "q")  # in another order than that of the sites
+    assert made[5:] == [True, True] and alone.shape == (EXAMPLES, TOKENS, 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
