@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
 import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +156,53 @@ def test_restored_is_what_was_saved(tmp_path: Path, guide: Guide) -> None:
     assert all(torch.equal(its[name], value) for name, value in mine.items())
     with pytest.raises(RuntimeError, match=r"members, of which|loading state_dict"):
         restored(archive.rebuild(archive.describe(guide), where="file"), posterior.program, dict([*state.items()][:1]))
+
+
+class Payload:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+EVENTS: list[str] = []
+WATCHED = ("open", "os.listdir", "os.scandir", "os.system", "subprocess.Popen", "pickle.find_class")
+
+
+def watch(event: str, arguments: tuple) -> None:
+    if event in WATCHED:
+        EVENTS.append(f"{event} {arguments[0]}")
+
+
+def test_no_field_of_a_saved_folder_is_followed_out_of_it(tmp_path: Path) -> None:
+    """Law: whatever field names a file or folder elsewhere, loading is refused or goes on without it: nothing there is
+    opened, listed or unpickled, and no program is run but the one in which patterns are matched."""
+    folder, away = tmp_path / "posterior", tmp_path / "away"
+    away.mkdir()
+    (away / "secret.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    untrained(guides.MAP()).save_pretrained(folder)
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    adapter, meta = (json.loads(files[folder / name]) for name in ("adapter_config.json", "posterior.json"))
+    sys.addaudithook(watch)  # cannot be taken off again
+    ways = [str(away), "../away/secret.pkl"]
+    outcomes = []
+    for fields in ("adapter", "meta"):
+        for field in adapter if fields == "adapter" else meta:
+            for way in ways:
+                for value in (way, {way: way}):
+                    change = {"adapter": {field: value}} if fields == "adapter" else {field: value}
+                    forge(folder, **change)
+                    EVENTS.clear()
+                    with contextlib.suppress(ArchiveError):
+                        load(folder)
+                        outcomes.append(field)
+                    own = f"subprocess.Popen {sys.executable}"
+                    foreign = [e for e in EVENTS if "away" in e or not (e.startswith("open ") or e == own)]
+                    assert not foreign, field
+                    for path, content in files.items():
+                        path.write_bytes(content)
+    assert not (tmp_path / "ran").exists() and outcomes
+    assert "open" in {event.split()[0] for event in EVENTS}  # the hook does see what is opened
