@@ -125,8 +125,7 @@ class Stack:
         if factor is None:
             return noise
         _check_rows(len(x), examples, where)
-        with full_precision(x.device):
-            return _times(noise, factor)
+        return _times(noise, factor)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

@@ -170,7 +170,12 @@ class InputAdaptive(Guide):
     @contextlib.contextmanager
     def hooks(self, program: PyroLoRA) -> Iterator[None]:
         """Noise on the outputs of the lora_A modules, of passes with this guide's local latent variables."""
-        stack = Stack(self._groups.values(), lambda site, layer: program.running[site][layer])
+        # θ as it stands in the module, in this pass as where it is recomputed.
+        modules: dict[str, list[Any]] = {
+            site: [program.model.get_submodule(path) for path, _ in group.holders]
+            for site, group in self._groups.items()
+        }
+        stack = Stack(self._groups.values(), lambda site, layer: modules[site][layer].weight)
         changes = [
             (path, self._change(program, site, layer, stack))
             for site, group in self._groups.items()
