@@ -116,7 +116,7 @@ class PyroLoRA(nn.Module):
         self.priors = by_site(priors, sites)
         self.sites = Sites(sites, self.priors)
         self.placement = Placement(self.model, self.sites)
-        self._running: list[Mapping[str, Tensor]] = []
+        self._running: list[Pass] = []
         self._precision: Callable[[], AbstractContextManager] = contextlib.nullcontext
         self._watch_checkpointing()
         self.latents = self._find_latents()
@@ -134,7 +134,12 @@ class PyroLoRA(nn.Module):
     @property
     def running(self) -> Mapping[str, Tensor]:
         """All values of the pass that the base model makes now, also while it is recomputed: for hooks."""
-        return self._running[-1] if self._running else {}
+        return self._running[-1].values if self._running else {}
+
+    @property
+    def notes(self) -> dict[Any, Any]:
+        """What hooks have to know again where this pass is recomputed, and forget with it; under keys of their own."""
+        return self._running[-1].notes if self._running else {}
 
     def forward(self, batch: Batch, local: Local | None = None) -> Tensor:
         """Runs the program once.
@@ -255,11 +260,11 @@ class PyroLoRA(nn.Module):
 
     def _recompute_context(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         # The checkpoint itself remembers autocast.
-        return contextlib.nullcontext(), self._pass(self.running)
+        return contextlib.nullcontext(), self._pass(self.running, self.notes)
 
-    def _pass(self, draws: Mapping[str, Tensor]) -> Pass:
+    def _pass(self, draws: Mapping[str, Tensor], notes: dict[Any, Any] | None = None) -> Pass:
         adapters = {name: value for name, value in draws.items() if name in self.sites}
-        return Pass(self._running, draws, self.placement.placed(adapters))
+        return Pass(self._running, draws, self.placement.placed(adapters), notes)
 
     def _on_device(self) -> AbstractContextManager:
         device = self.device

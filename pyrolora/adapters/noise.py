@@ -81,26 +81,35 @@ class Stack:
     """`bottleneck_noise` for modules that read one tensor, as queries and values do, made in one pass over it.
 
     Of the lora_A modules that stand under one parent and have as many inputs, the first to run makes the noise of all,
-    as if their matrices were one. Each of the others takes its part if it reads that very tensor, and makes its own if
-    not. Draws are independent of each other, so that the law of the noise is the same either way.
+    as if their matrices were one. Each of the others takes its part if it reads that very tensor; if not, it makes its
+    own, and that of those that have not run. Whatever is shared, each module's noise has the law that it has alone, and
+    that of two modules is uncorrelated.
 
-    Under activation checkpointing modules of one parent have to lie in one checkpointed block, as those of a
-    transformer's layer do: its recomputation makes and takes the same noise again.
+    Modules whose input is a copy of what their layer reads (PEFT's dropout, or a cast to the adapter's type) stand
+    alone. Under activation checkpointing modules of one parent have to lie in one checkpointed block, as those of a
+    transformer's layer do: recomputing them makes and takes the same noise again.
 
     Args:
+        model: The PEFT model.
         groups: The sites with noise.
         scale: Of a site's name and a layer's index, the σ of that module, ``(out, in)``.
+        notes: Gives the notes of the pass that runs now; what is made for others does not outlive them.
     """
 
-    def __init__(self, groups: Iterable[SiteGroup], scale: Callable[[str, int], Tensor]) -> None:
-        self._scale = scale
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Iterable[SiteGroup],
+        scale: Callable[[str, int], Tensor],
+        notes: Callable[[], dict[Any, Any]],
+    ) -> None:
+        self._scale, self._notes = scale, notes
         families: dict[tuple[str, int], list[_Place]] = {}
         for group in groups:
-            for layer, name in enumerate(group.layers if group.role == "A" else ()):
-                families.setdefault((name.rpartition(".")[0], group.shape[-1]), []).append((group.name, layer))
-        # Of each module, those that it makes noise for: those that run before it have theirs already.
-        self._beside = {place: family[i:] for family in families.values() for i, place in enumerate(family)}
-        self._made: dict[_Place, tuple[Tensor, Tensor]] = {}  # whose noise is made: for which input, and the noise
+            for layer, (name, (path, _)) in enumerate(zip(group.layers, group.holders, strict=True)):
+                if group.role == "A" and _reads_what_its_layer_reads(model, path):
+                    families.setdefault((name.rpartition(".")[0], group.shape[-1]), []).append((group.name, layer))
+        self._beside = {place: tuple(family) for family in families.values() for place in family}
 
     def noise(
         self,
@@ -115,13 +124,19 @@ class Stack:
     ) -> Tensor:
         """`bottleneck_noise` of one module, ``(rows, ..., out)``."""
         place = (site, layer)
-        made_for, noise = self._made.pop(place, (None, x))
-        if made_for is not x:
-            places = self._beside.get(place, [place])
-            scales = [self._scale(*each) for each in places]
+        family, notes = self._beside.get(place, (place,)), self._notes()
+        made_for, made, waiting = notes.get((self, family), (None, {}, family))
+        if place not in waiting:  # it runs again
+            made, waiting = {}, family
+        waiting = [each for each in waiting if each != place]
+        if made_for is x and place in made:
+            noise = made.pop(place)
+        else:
+            scales = [self._scale(*each) for each in (place, *waiting)]
             noise = bottleneck_noise(kind, x, torch.cat(scales), examples=examples, where=where)
             noise, *others = noise.split([len(scale) for scale in scales], -1)
-            self._made = {each: (x, other) for each, other in zip(places[1:], others, strict=True)}
+            made_for, made = x, dict(zip(waiting, others, strict=True))
+        notes[self, family] = made_for, made, waiting
         if factor is None:
             return noise
         _check_rows(len(x), examples, where)
@@ -160,6 +175,14 @@ def require_linear(model: nn.Module, site: SiteGroup, what: str, advice: str) ->
         above = path.rpartition(".lora_")[0]
         if above and isinstance(model.get_submodule(above), ParamWrapper):
             raise AdapterError(f"{above}: expert parameters run no module: {what} cannot serve {site.name!r}; {advice}")
+
+
+def _reads_what_its_layer_reads(model: nn.Module, path: str) -> bool:
+    """Whether PEFT gives a lora_A the very tensor that the adapted module is given."""
+    layer_path, _, adapter = path.rpartition(".lora_A.")
+    layer: Any = model.get_submodule(layer_path)
+    own, base = layer.lora_A[adapter].weight, getattr(layer.get_base_layer(), "weight", None)
+    return isinstance(layer.lora_dropout[adapter], nn.Identity) and base is not None and own.dtype == base.dtype
 
 
 def _times(noise: Tensor, factor: Tensor) -> Tensor:

@@ -101,19 +101,25 @@ class Pass(AbstractContextManager[None]):
     """A pass of the base model under one draw: the adapters stand on it, and hooks can read all values.
 
     Args:
-        running: A stack, on which the values of the pass that runs now stand last.
+        running: A stack, on which the pass that runs now stands last.
         values: All of the draw.
         placed: From `Placement.placed`.
+        notes: What hooks have noted of this pass, where it is recomputed.
     """
 
     def __init__(
-        self, running: list[Mapping[str, Tensor]], values: Mapping[str, Tensor], placed: AbstractContextManager
+        self,
+        running: list[Pass],
+        values: Mapping[str, Tensor],
+        placed: AbstractContextManager,
+        notes: dict[Any, Any] | None = None,
     ):
-        self._running, self._values, self._placed = running, values, placed
+        self.values, self.notes = values, {} if notes is None else notes
+        self._running, self._placed = running, placed
 
     def __enter__(self) -> None:
         self._placed.__enter__()
-        self._running.append(self._values)
+        self._running.append(self)
 
     def __exit__(self, *exception: Any) -> None:
         self._running.pop()

@@ -175,15 +175,22 @@ class InputAdaptive(Guide):
             site: [program.model.get_submodule(path) for path, _ in group.holders]
             for site, group in self._groups.items()
         }
-        stack = Stack(self._groups.values(), lambda site, layer: modules[site][layer].weight)
+        stack = Stack(
+            program.model,
+            self._groups.values(),
+            lambda site, layer: modules[site][layer].weight,
+            lambda: program.notes,
+        )
         changes = [
             (path, self._change(program, site, layer, stack))
             for site, group in self._groups.items()
             for layer, (path, _) in enumerate(group.holders)
         ]
-        with changed_outputs(program.model, changes):
-            yield
-        self._factors = {}  # they hold the last batch's graph, which cannot be copied
+        try:
+            with changed_outputs(program.model, changes):
+                yield
+        finally:
+            self._factors = {}  # they hold the last batch's graph, which cannot be copied
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -194,7 +201,8 @@ class InputAdaptive(Guide):
             # The values of this pass, also where it is recomputed. A pass for features, or without noise, has none.
             if _name(site) not in program.running:
                 return output
-            kind, factor = self.noise if self.training else self.predictive, self._factors[site][layer]
+            kind = self.noise if self.training else self.predictive
+            factor = program.notes.setdefault(self, self._factors)[site][layer]
             noise = stack.noise(kind, x, site, layer, examples=len(factor), factor=factor, where=where)
             return output + noise.to(output.dtype)
 

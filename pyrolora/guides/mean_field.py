@@ -72,8 +72,8 @@ class MeanField(Guide):
         self.scale_learning_rate = scale_learning_rate
         self.noise = noise
         self.parametrisation = parametrisation
-        self._num_examples: int | None = None
-        self._scales: dict[str, tuple[Tensor, ...]] = {}  # σ of the present step, by layer
+        # Of the present step: how many examples, and σ by layer.
+        self._present: tuple[int | None, dict[str, tuple[Tensor, ...]]] = (None, {})
         self.loc = nn.ParameterDict()
         self.log_scale = nn.ParameterDict()
         self.root_scale = nn.ParameterDict()
@@ -99,10 +99,9 @@ class MeanField(Guide):
 
     def forward(self, batch: Batch | None = None) -> dict[str, Tensor]:
         # The noise of each example is added while the model runs, where only rows can be counted.
-        self._num_examples = None if batch is None else next(iter(batch.values())).shape[0]
-        # Here, because a checkpointed layer must compute the same again when it is run a second time.
+        examples = None if batch is None else next(iter(batch.values())).shape[0]
         noisy = [latent for latent in self.latents.values() if self.training and self._in_activations(latent)]
-        self._scales = {latent.name: self.scale(latent).unbind() for latent in noisy}
+        self._present = examples, {latent.name: self.scale(latent).unbind() for latent in noisy}
         return super().forward(batch)
 
     def initialise(self, latent: Latent) -> None:
@@ -138,15 +137,19 @@ class MeanField(Guide):
     @contextlib.contextmanager
     def hooks(self, program: PyroLoRA) -> Iterator[None]:
         groups = [latent.group for latent in self.latents.values() if latent.group and self._in_activations(latent)]
-        stack = Stack(groups, lambda site, layer: self._scales[site][layer])
+        stack = Stack(
+            program.model, groups, lambda site, layer: self._noted(program)[1][site][layer], lambda: program.notes
+        )
         changes = [
-            (path, self._change(group, layer, parameter, stack))
+            (path, self._change(program, group, layer, parameter, stack))
             for group in groups
             for layer, (path, parameter) in enumerate(group.holders)
         ]
-        with changed_outputs(program.model, changes):
-            yield
-        self._scales = {}  # they hold the last step's graph, which cannot be copied
+        try:
+            with changed_outputs(program.model, changes):
+                yield
+        finally:
+            self._present = None, {}  # they hold the last step's graph, which cannot be copied
 
     def scale(self, latent: Latent) -> Tensor:
         """σ of a random site, on the unconstrained scale for a hyper-parameter: ``latent.shape``."""
@@ -163,17 +166,22 @@ class MeanField(Guide):
     def _in_activations(self, latent: Latent) -> bool:
         return self.noise != "weight" and latent.group is not None and self.is_random(latent)
 
-    def _change(self, group: SiteGroup, layer: int, parameter: str, stack: Stack) -> Change:
+    def _noted(self, program: PyroLoRA) -> tuple[int | None, dict[str, tuple[Tensor, ...]]]:
+        """How many examples the pass that runs now has, and σ by layer: also where it is recomputed, after others."""
+        return program.notes.setdefault(self, self._present)
+
+    def _change(self, program: PyroLoRA, group: SiteGroup, layer: int, parameter: str, stack: Stack) -> Change:
         """Adds the noise of one module's weight or bias to its output, while the guide trains."""
 
         def change(x: Tensor, output: Tensor) -> Tensor:
             if not self.training:
                 return output
-            options: dict[str, Any] = {"examples": self._num_examples or len(x), "where": group.layers[layer]}
+            examples, scales = self._noted(program)
+            options: dict[str, Any] = {"examples": examples or len(x), "where": group.layers[layer]}
             if parameter == "weight":
                 noise = stack.noise(self.noise, x, group.name, layer, **options)
             else:  # a bias is the weight of an input that is always 1
-                ones, scale = x.new_ones(*x.shape[:-1], 1), self._scales[group.name][layer].unsqueeze(-1)
+                ones, scale = x.new_ones(*x.shape[:-1], 1), scales[group.name][layer].unsqueeze(-1)
                 noise = bottleneck_noise(self.noise, ones, scale, **options)
             return output + noise.to(output.dtype)
 

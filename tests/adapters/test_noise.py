@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -135,45 +136,49 @@ def test_flipout_keeps_a_byte_for_each_number_that_it_reads(dtype: torch.dtype) 
     assert [t.dtype for t in added] == [torch.int8]
 
 
-def site(kind: str, layers: tuple[str, ...], *, out: int = OUT, fan_in: int = IN) -> SiteGroup:
-    """The lora_A of some layers, as `find_sites` describes it."""
-    holders = tuple((f"{layer}.lora_A.default", "weight") for layer in layers)
-    shape = torch.Size((len(layers), out, fan_in))
-    ones = (1.0,) * len(layers)
-    return SiteGroup(
-        f"lora.{kind}.A", "A", holders, layers, shape, ("layer", "rank", "in_feature"), ones, torch.float32
+def stacked(*, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Stack, dict[str, SiteGroup]]:
+    """Over the queries, values and outputs of two layers, of ranks 2, 3 and 2; notes are of one pass."""
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=IN, num_hidden_layers=2, num_attention_heads=1, intermediate_size=6, pad_token_id=0
     )
-
-
-GROUPS = (site("q", ("0.self.q", "1.self.q")), site("v", ("0.self.v", "1.self.v"), out=3), site("o", ("0.self.o",)))
-
-
-SIGMA = {group.name: torch.rand(group.shape, generator=torch.Generator().manual_seed(3)) + 0.2 for group in GROUPS}
+    targets = ["q_proj", "v_proj", "o_proj"]
+    lora = LoraConfig(r=OUT, rank_pattern={"v_proj": 3}, target_modules=targets, **options)
+    model = get_peft_model(LlamaForSequenceClassification(config).to(dtype), lora)
+    groups = {name: group for name, group in find_sites(model).items() if group.role == "A"}
+    notes: dict[Any, Any] = {}
+    return Stack(model, groups.values(), sigma, lambda: notes), groups
 
 
 def sigma(name: str, layer: int) -> Tensor:
-    """σ of a module of GROUPS."""
+    """σ of a module."""
     return SIGMA[name][layer]
+
+
+SIGMA = {
+    f"lora.{kind}_proj.A": torch.rand(2, rank, IN, generator=torch.Generator().manual_seed(rank)) + 0.2
+    for kind, rank in {"q": OUT, "v": 3, "o": OUT}.items()
+}
+Q, V, LAST = SIGMA
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reads_the_same", [True, False])
-def test_modules_of_one_input_have_independent_noise(kind: str, reads_the_same: bool) -> None:
+def test_modules_of_one_input_have_uncorrelated_noise(kind: str, reads_the_same: bool) -> None:
     """Law: stacked or not, each module's noise has the covariance of its own weight matrices, and no two modules'
     noise is correlated."""
     x, _, factor = inputs()
     others = x if reads_the_same else x.flip(0)
+    stack, _ = stacked()
 
     def one(_: Tensor) -> tuple[Tensor, Tensor]:
-        stack = Stack(GROUPS, sigma)
-        first = stack.noise(kind, x, "lora.q.A", 0, examples=EXAMPLES, factor=factor)  # type: ignore[arg-type]
-        second = stack.noise(kind, others, "lora.v.A", 0, examples=EXAMPLES, factor=factor.flip(0))  # type: ignore[arg-type]
+        first = stack.noise(kind, x, Q, 0, examples=EXAMPLES, factor=factor)  # type: ignore[arg-type]
+        second = stack.noise(kind, others, V, 0, examples=EXAMPLES, factor=factor.flip(0))  # type: ignore[arg-type]
         return first, second
 
     q, v = (noise.reshape(DRAWS, -1) for noise in torch.vmap(one, randomness="different")(torch.zeros(DRAWS)))
     bound = 5 * math.sqrt((8 if kind == "flipout" else 2) / DRAWS)
     spreads = []
-    for noise, rows, name, f in ((q, x, "lora.q.A", factor), (v, others, "lora.v.A", factor.flip(0))):
+    for noise, rows, name, f in ((q, x, Q, factor), (v, others, V, factor.flip(0))):
         exact = brute_force(kind, rows, sigma(name, 0), f)
         spread = exact.diagonal().sqrt()
         assert ((noise.T @ noise / DRAWS - exact).abs() < bound * spread[:, None] * spread).all()
@@ -182,44 +187,59 @@ def test_modules_of_one_input_have_independent_noise(kind: str, reads_the_same: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stacked_noise_has_the_gradients_of_separate_noise(kind: str) -> None:
-    """Law: given the draws, the noise and its derivatives in x and every σ are those of modules run one by one."""
+def test_stacked_noise_has_the_gradients_of_one_matrix(kind: str) -> None:
+    """Law: given the draws, the noise and its derivatives in x and every σ are those of one matrix of all rows."""
     x, _, factor = inputs()
-    scales = {name: sigma(name, 0).requires_grad_() for name in ("lora.q.A", "lora.v.A")}
+    scales = {name: sigma(name, 0).clone().requires_grad_() for name in (Q, V)}
+    stack, _ = stacked()
+    stack._scale = lambda name, _: scales[name] if name in scales else sigma(name, 0)
     found = []
-    for stacked in (True, False):
+    for together in (False, True):
         leaves = [x.clone().requires_grad_(), *scales.values()]
+        options: dict[str, Any] = {"examples": EXAMPLES, "factor": factor}
         torch.manual_seed(0)
-        stack = Stack(GROUPS[:2], lambda name, _: scales[name])
-        if stacked:
-            parts = [stack.noise(kind, leaves[0], name, 0, examples=EXAMPLES, factor=factor) for name in scales]  # type: ignore[arg-type]
-            whole = torch.cat(parts, -1)
-        else:  # block by block of one matrix
-            both = torch.cat(list(scales.values()))
-            whole = bottleneck_noise(kind, leaves[0], both, examples=EXAMPLES, factor=factor)  # type: ignore[arg-type]
+        if together:
+            whole = torch.cat([stack.noise(kind, leaves[0], name, 0, **options) for name in scales], -1)  # type: ignore[arg-type]
+        else:  # the outputs' rows too, which nobody takes
+            every = torch.cat([*scales.values(), sigma(LAST, 0)])
+            whole = bottleneck_noise(kind, leaves[0], every, **options)[..., :-OUT]  # type: ignore[arg-type]
         found.append((whole, *torch.autograd.grad(whole.square().sum(), leaves)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_a_stack_reads_its_input_once() -> None:
-    """Law: flipout's signs of the inputs are made once for modules that read one tensor, and anew for other tensors,
-    other layers and a second run of the same module."""
-    x = torch.randn(EXAMPLES, TOKENS, IN)
-    stack, made = Stack(GROUPS, sigma), []
-
-    def noise(x: Tensor, name: str, layer: int = 0) -> Tensor:
+def draws_made(stack: Stack, *calls: tuple[Tensor, str, int]) -> list[bool]:
+    """Whether each call drew anything."""
+    made = []
+    for x, name, layer in calls:
         before = torch.get_rng_state()
-        result = stack.noise("flipout", x, f"lora.{name}.A", layer, examples=EXAMPLES)
+        noise = stack.noise("flipout", x, name, layer, examples=EXAMPLES)
+        assert noise.shape == (EXAMPLES, TOKENS, len(sigma(name, layer)))
         made.append(not torch.equal(before, torch.get_rng_state()))
-        return result
+    return made
 
-    first, _, _ = noise(x, "q"), noise(x, "v"), noise(x + 1, "o")
-    assert made == [True, False, True]  # what reads another tensor has noise of its own
-    again, _ = noise(x, "q"), noise(x, "v", 1)
-    assert made[3:] == [True, True] and not torch.equal(first, again)
-    alone, _ = noise(x, "v"), noise(x, "q")  # in another order than that of the sites
-    assert made[5:] == [True, True] and alone.shape == (EXAMPLES, TOKENS, 3)
+
+def test_a_stack_reads_its_input_once() -> None:
+    """Law: noise is made once for modules that read one tensor, in whatever order they run, and anew for another
+    tensor, another layer and the next run of the same module; nothing stays behind."""
+    x, other = torch.randn(2, EXAMPLES, TOKENS, IN)
+    stack, _ = stacked()
+    assert draws_made(stack, (x, Q, 0), (x, V, 0), (other, LAST, 0)) == [True, False, True]
+    assert draws_made(stack, (x, Q, 0), (x, V, 0), (other, LAST, 0)) == [True, False, True]  # the same again
+    assert draws_made(stack, (x, Q, 0), (x, Q, 0), (x, Q, 1), (x, V, 0)) == [True, True, True, False]
+    assert draws_made(stack, (x, V, 1), (x, V, 1), (x, Q, 1), (other, LAST, 1)) == [False, True, False, True]
+    assert draws_made(stack, (other, LAST, 0)) == [True]
+    _, made, waiting = stack._notes()[stack, stack._beside[LAST, 1]]
+    assert not made and not waiting
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"dtype": torch.bfloat16}], ids=str)
+def test_modules_that_read_copies_stand_alone(options: dict) -> None:
+    """Law: where PEFT drops out or casts a layer's input no noise is made for others, for they read other tensors."""
+    stack, groups = stacked(**options)
+    assert not stack._beside and {group.dtype for group in groups.values()} == {torch.float32}
+    x = torch.randn(EXAMPLES, TOKENS, IN)
+    assert draws_made(stack, (x, Q, 0), (x, V, 0)) == [True, True]
 
 
 @pytest.mark.parametrize("kind", KINDS)

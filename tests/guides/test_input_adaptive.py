@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.distributions import Normal as TorchNormal
 from torch.distributions import kl_divergence
-from transformers import TrainingArguments
+from transformers import OPTConfig, OPTForSequenceClassification, TrainingArguments
 
 from pyrolora.guides.input_adaptive import InputAdaptive
 from pyrolora.guides.mean_field import MeanField
@@ -27,7 +29,16 @@ from pyrolora.priors.flat import Flat
 from pyrolora.priors.hierarchical import Hierarchical
 from pyrolora.priors.normal import Normal
 from pyrolora.program import PyroLoRA
-from tests.programs import LinearModel, linear_gaussian, sentence_task, tiny_bert, tiny_program
+from tests.programs import (
+    PRIORS,
+    LinearModel,
+    linear_gaussian,
+    lora,
+    sentence_task,
+    tiny_bert,
+    tiny_program,
+    tokenizer,
+)
 
 SITE, OTHER = "lora.query.A", "lora.value.A"
 KINDS = ("weight", "example", "local", "flipout")
@@ -182,6 +193,51 @@ def test_checkpointing_recomputes_the_same_noise(tmp_path: Path, kind: Any, nois
     assert (plain["points.lora/query/B"] != 0).any()
 
 
+def post_norm_opt() -> PyroLoRA:
+    """A layer's attention reads the layer's own argument, and registers keys before values before queries."""
+    config = OPTConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=24,
+        max_position_embeddings=64,
+        do_layer_norm_before=False,
+        dropout=0.0,
+        init_std=0.3,
+        pad_token_id=tokenizer().pad_token_id,
+    )
+    with isolated(0):
+        adapter = lora(target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
+        return PyroLoRA(OPTForSequenceClassification(config), adapter, priors=PRIORS, task=sentence_task())
+
+
+@pytest.mark.parametrize("kind", [InputAdaptive, MeanField])
+@pytest.mark.parametrize("noise", ["weight", "example", "local", "flipout"])
+@pytest.mark.parametrize("make", [tiny_program, post_norm_opt])
+def test_each_checkpointed_pass_keeps_its_noise(kind: Any, noise: str, make: Callable[[], PyroLoRA]) -> None:
+    """Law: one backward pass through two passes, over batches of two sizes, has the gradients that it has without
+    checkpointing, whatever order modules run in; and the guide that was hooked can be copied afterwards."""
+    found = []
+    for checkpointing in (False, True):
+        program = make()
+        if checkpointing:
+            program.enable_activation_checkpointing()
+        with isolated(2):
+            guide = bound(program, kind(noise=noise))
+        objective, batch = Objective(program, guide, 0.1), whole_batch(program)
+        with isolated(7), pytest.raises(KeyError), guide.hooks(program):
+            losses = [objective({name: value[:size] for name, value in batch.items()}) for size in (6, 3)]
+            sum(losses).backward()  # type: ignore[union-attr]
+            raise KeyError
+        found.append({name: p.grad for name, p in guide.named_parameters() if p.grad is not None})
+        copy.deepcopy(guide)
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-5, atol=1e-6)
+
+
 def test_accumulated_gradients_count_the_kl_once(tmp_path: Path) -> None:
     """Law: two batches of four, accumulated, move the network as one of eight does. With B = 0 the labels say nothing
     about it, and its gradient is that of the KL, whose prior is not where q starts."""
@@ -227,8 +283,13 @@ def test_passes_are_counted(features: str, more: int) -> None:
         seen.clear()
         assert posterior.predict(sentence_task().test, draws).inputs
         assert len(seen) == posterior.guide.passes(draws, 2) == max(draws, 1) + more
-    handle.remove()
     assert posterior.guide.draws_for(4) == 4
+    objective = Objective(program, posterior.guide.train(), num_particles=3)
+    with posterior.guide.hooks(program):
+        seen.clear()
+        objective(whole_batch(program))
+    assert len(seen) == 3 + more  # of a step with three particles, whose features are computed once
+    handle.remove()
 
 
 @pytest.mark.parametrize("features", ["embedding", "backbone"])
@@ -243,6 +304,8 @@ def test_mean_mode_is_plain_lora(tmp_path: Path, features: str) -> None:
         plain = stock(**program.likelihood.forward_inputs(batch)).logits
         program.model.eval()
         assert torch.equal(program.logits(posterior.mean(), batch), plain)
+        merged = stock.merge_and_unload()(**program.likelihood.forward_inputs(batch)).logits
+        torch.testing.assert_close(merged, plain, rtol=1e-4, atol=1e-4)
     train = sentence_task().train
     assert torch.allclose(posterior.predict(train, 0, batch_size=24).log_mean, plain.log_softmax(-1), atol=1e-6)
     with pytest.raises(ValueError, match="InputAdaptive: noise of each input fits no adapter file"):
