@@ -12,7 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 FOLDER = Path(__file__).parent
 
@@ -27,15 +29,33 @@ def run(script: str, out: Path, *arguments: str) -> Any:
     return json.loads(out.read_text())
 
 
-@pytest.fixture
-def suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """benchmark.py as a module."""
-    spec = importlib.util.spec_from_file_location("benchmark", FOLDER / "benchmark.py")
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "benchmark", module)  # where its dataclass looks for its own names
+    monkeypatch.setitem(sys.modules, name, module)  # where its dataclass looks for its own names
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return script("benchmark", monkeypatch)
+
+
+def test_ranking_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: AUROCs are scikit-learn's, ties included; where the scores are one method's the difference is zero, and of
+    a method that knows its errors and one that guesses it is ½ and clear of zero."""
+    module = script("error_ranking", monkeypatch)
+    generator = np.random.default_rng(1)
+    wrong = generator.random(200) < 0.3
+    guess = generator.integers(0, 20, 200).astype(float)
+    assert module.auroc(guess, wrong) == pytest.approx(roc_auc_score(wrong, guess))
+    same = module.difference([(guess, wrong)], [(guess, wrong)], 50)
+    assert same[2:] == (0.0, 0.0, 0.0)
+    knows, guesses, by, low, high = module.difference([(wrong * 1.0, wrong)] * 2, [(guess, wrong)] * 2, 200)
+    assert knows == 1.0 and by == pytest.approx(1 - guesses) and 0.3 < low < by < high
 
 
 @pytest.mark.slow
