@@ -68,7 +68,8 @@ class InputAdaptive(Guide):
         noise: Kind of noise in training, see `bottleneck_noise`. ``"weight"``: one ε for the batch, scaled by each
             input's α. ``"local"``, as published, averages out over the tokens of a text and regularises less.
         predictive: Kind of noise in evaluation. ``"weight"``: one ε for all inputs, so that a draw is one coherent
-            function, and does not depend on the batch; others depend on an input's place in its batch.
+            function, and does not depend on the batch; others depend on an input's place in its batch. A module that
+            runs several times in one pass, as ALBERT's do, draws one ε each time.
         hidden: Width of the network's one hidden layer.
         scale_learning_rate: Learning rate of the network as a multiple of the weights'.
 
