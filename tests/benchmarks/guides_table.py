@@ -49,11 +49,13 @@ GUIDES: dict[str, dict[str, dict[str, Any]]] = {
         "Ensemble": {"guide": "MAP", "size": 5},
     },
     "sparse": {"Inducing": {}, "MAP": {}},
-    "A": {"MeanField": {}, "BLoB": {"class_path": "MeanField", "init_args": BLOB}, "SGLD": {}, "MAP": {}},
+    "A": {"MeanField": {}, "SGLD": {}, "MAP": {}},
+    "BLoB": {"BLoB": {"class_path": "MeanField", "init_args": BLOB}, "MAP": {}},
     "flat": {"InputAdaptive": {}, "Ensemble": {"guide": "MAP", "size": 5}},
     "dropout": {"Dropout": {}},
 }
-SCALES_OF_A = {"sparse": 0.07, "A": 0.2}
+SCALES_OF_A = {"sparse": 0.07, "A": 0.2, "BLoB": 0.2}
+TEMPERATURES = {"A": 0.05, "BLoB": 0.3}  # else 1
 NAMES = {name for configured in GUIDES.values() for name in configured}
 
 
@@ -74,7 +76,7 @@ def recipe(
             "head.*": FLAT if kind == "flat" else normal(1.0),
         },
         "guides": GUIDES[kind],
-        "temperature": 0.05 if kind == "A" else 1.0,
+        "temperature": TEMPERATURES.get(kind, 1.0),
         "task": described(name, data, folder, rows),
         "training": training,
     }
