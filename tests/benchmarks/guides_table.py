@@ -7,14 +7,15 @@ FOLDER is that of sweep.py. Each guide has the prior and temperature under which
                   in few numbers. With a prior on A too, A = B = 0 is a mode of the posterior, and MAP ends there.
     sparse.yaml   A ~ N(0, 0.07²), B flat, head ~ N(0, 1), β = 1: a sparse Gaussian process over A.
     A.yaml        A ~ N(0, 0.2²), B flat, head ~ N(0, 1), β = 0.05: noise in every weight of A.
+    BLoB.yaml     as A.yaml, β = 0.3, as its own sweep chose.
     flat.yaml     no prior but that of the noise, β = 1: input-adaptive noise as published, ensembles of plain LoRA.
     dropout.yaml  as B.yaml, over adapters with LoRA's dropout, which all others are without.
-A task's comparison is one command, `pyrolora compare B.yaml sparse.yaml A.yaml flat.yaml dropout.yaml`, which is
-printed; called again, with more guides or seeds too, it continues. With --write-only nothing is fitted. At the end, and
-with --table-only alone, table.md in OUTPUT has all results that are there: means over seeds with the hull of all 95 %
-intervals, sorted by NLL; table.png shows the NLL, before and after temperature scaling. A fit's cost is in fits of one
-point estimate, of which the median over methods is taken: on a machine that does other things too a single one says
-little.
+A task's comparison is one command, `pyrolora compare B.yaml sparse.yaml A.yaml BLoB.yaml flat.yaml dropout.yaml`, which
+is printed; called again, with more guides or seeds too, it continues. With --write-only nothing is fitted. At the end,
+and with --table-only alone, table.md in OUTPUT has all results that are there: means over seeds with the hull of all
+95 % intervals, sorted by NLL; table.png shows the NLL, before and after temperature scaling. A fit's cost is in fits of
+one point estimate, of which the median over methods is taken: on a machine that does other things too a single one
+says little.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ GUIDES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "sparse": {"Inducing": {}, "MAP": {}},
     "A": {"MeanField": {}, "SGLD": {}, "MAP": {}},
-    "BLoB": {"BLoB": {"class_path": "MeanField", "init_args": BLOB}, "MAP": {}},
+    "BLoB": {"BLoB": {"class_path": "MeanField", "init_args": BLOB}},
     "flat": {"InputAdaptive": {}, "Ensemble": {"guide": "MAP", "size": 5}},
     "dropout": {"Dropout": {}},
 }

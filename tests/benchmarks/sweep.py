@@ -153,11 +153,13 @@ SWEEPS = {
         adaptive(head=None, temperature=0.1),
         # Then θ under the prior of MAP.
         Configuration(b=0.07),
+        adaptive(b=0.07),
         *(adaptive(b=0.07, rate=p, noise="local", temperature=beta) for p in (0.1, 0.2, 0.5) for beta in (1.0, 0.1)),
         *(adaptive(b=0.07, rate=p, noise="local", kl="sum") for p in (0.1, 0.5)),
         adaptive(b=0.07, rate=0.1, noise="local", features="backbone"),
         adaptive(a=0.2, rate=0.1, prior="declared", noise="local", temperature=0.05),
     ],
+    "blob": [Configuration("MeanField", BLOB, a=0.2, temperature=beta) for beta in (0.02, 0.05, 0.1, 0.3, 1.0)],
 }
 
 # Twenty classes of ten examples each take longer: after twelve epochs plain LoRA's validation NLL is still 0.82.
