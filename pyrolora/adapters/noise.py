@@ -146,7 +146,8 @@ class Stack:
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A block without autocast."""
     # The meta device, on which memory is estimated, has none.
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    off = device.type == "meta" or not torch.is_autocast_enabled(device.type)
+    return contextlib.nullcontext() if off else torch.autocast(device.type, enabled=False)
 
 
 @contextlib.contextmanager
@@ -233,8 +234,8 @@ class _Local(torch.autograd.Function):
 
 def _flipped(x: Tensor, weight: Tensor) -> Tensor:
     """``W x`` with random signs of each row's inputs and outputs."""
-    outputs = torch.Size((len(x), len(weight)))
-    return _Flipped.apply(x, weight, _signs(x.shape, x.device), _signs(outputs, x.device))
+    inner, outer = _signs(x.numel() + len(x) * len(weight), x.device).tensor_split([x.numel()])
+    return _Flipped.apply(x, weight, inner.view(x.shape), outer.view(len(x), len(weight)))
 
 
 class _Flipped(torch.autograd.Function):
@@ -253,17 +254,17 @@ class _Flipped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, inner, outer = ctx.saved_tensors
-        grad = grad * outer
-        by_x = (grad @ weight).mul_(inner).to(x.dtype) if ctx.needs_input_grad[0] else None
-        by_weight = grad.mT @ inner.to(weight.dtype).mul_(x) if ctx.needs_input_grad[1] else None
+        grad, signs = grad * outer, inner.to(weight.dtype)
+        by_x = (grad @ weight).mul_(signs).to(x.dtype) if ctx.needs_input_grad[0] else None
+        by_weight = grad.mT @ signs.mul_(x) if ctx.needs_input_grad[1] else None
         return by_x, by_weight, None, None
 
 
-def _signs(shape: torch.Size, device: torch.device) -> Tensor:
+def _signs(number: int, device: torch.device) -> Tensor:
     """±1, int8. A random byte names eight of them: a quarter of the time of one byte for each."""
-    words = torch.randint(-(2**63), 2**63 - 1, (shape.numel() // 64 + 1,), device=device)
+    words = torch.randint(-(2**63), 2**63 - 1, (number // 64 + 1,), device=device)
     eights = _eights(device).index_select(0, words.view(torch.uint8).int())
-    return eights.view(torch.int8)[: shape.numel()].reshape(shape)
+    return eights.view(torch.int8)[:number]
 
 
 @functools.cache

@@ -117,7 +117,7 @@ def test_gradient_of_flipout() -> None:
 
 def test_signs_are_fair_and_uncorrelated() -> None:
     """Law: each sign is ±1 with probability ½, uncorrelated with the others of its byte, its word and the next one."""
-    signs = _signs(torch.Size((4096, 72)), torch.device("cpu"))
+    signs = _signs(4096 * 72, torch.device("cpu")).view(4096, 72)
     assert signs.dtype == torch.int8 and set(signs.unique().tolist()) == {-1, 1}
     moments = signs.double().T @ signs.double() / len(signs)
     assert signs.double().mean(0).abs().max() < 5 / len(signs) ** 0.5
