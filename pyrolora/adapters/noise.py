@@ -125,18 +125,17 @@ class Stack:
         """`bottleneck_noise` of one module, ``(rows, ..., out)``."""
         place = (site, layer)
         family, notes = self._beside.get(place, (place,)), self._notes()
-        made_for, made, waiting = notes.get((self, family), (None, {}, family))
+        made, waiting = notes.get((self, family), ({}, family))
         if place not in waiting:  # it runs again
             made, waiting = {}, family
         waiting = [each for each in waiting if each != place]
-        if made_for is x and place in made:
-            noise = made.pop(place)
-        else:
+        read, noise = made.pop(place, (None, x))
+        if read is not x:
             scales = [self._scale(*each) for each in (place, *waiting)]
             noise = bottleneck_noise(kind, x, torch.cat(scales), examples=examples, where=where)
             noise, *others = noise.split([len(scale) for scale in scales], -1)
-            made_for, made = x, dict(zip(waiting, others, strict=True))
-        notes[self, family] = made_for, made, waiting
+            made = {each: (x, other) for each, other in zip(waiting, others, strict=True)}
+        notes[self, family] = made, waiting
         if factor is None:
             return noise
         _check_rows(len(x), examples, where)

@@ -221,7 +221,7 @@ def draws_made(stack: Stack, *calls: tuple[Tensor, str, int]) -> list[bool]:
 
 def test_a_stack_reads_its_input_once() -> None:
     """Law: noise is made once for modules that read one tensor, in whatever order they run, and anew for another
-    tensor, another layer and the next run of the same module; nothing stays behind."""
+    tensor, another layer and the next run of the same module; no input or noise stays behind."""
     x, other = torch.randn(2, EXAMPLES, TOKENS, IN)
     stack, _ = stacked()
     assert draws_made(stack, (x, Q, 0), (x, V, 0), (other, LAST, 0)) == [True, False, True]
@@ -229,8 +229,7 @@ def test_a_stack_reads_its_input_once() -> None:
     assert draws_made(stack, (x, Q, 0), (x, Q, 0), (x, Q, 1), (x, V, 0)) == [True, True, True, False]
     assert draws_made(stack, (x, V, 1), (x, V, 1), (x, Q, 1), (other, LAST, 1)) == [False, True, False, True]
     assert draws_made(stack, (other, LAST, 0)) == [True]
-    _, made, waiting = stack._notes()[stack, stack._beside[LAST, 1]]
-    assert not made and not waiting
+    assert stack._notes()[stack, stack._beside[LAST, 1]] == ({}, [])
 
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"dtype": torch.bfloat16}], ids=str)
