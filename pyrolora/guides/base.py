@@ -145,7 +145,8 @@ class Guide(nn.Module):
     def hooks(self, program: PyroLoRA) -> AbstractContextManager:
         """What stands on the base model while the guide trains: noise in activation space, for instance.
 
-        With local latent variables, also while it predicts; their values are in ``program.running``.
+        With local latent variables, also while it predicts; their values are in ``program.running``. What hooks need of
+        the guide's own state they note in ``program.notes``: there activation checkpointing finds it again.
         """
         return contextlib.nullcontext()
 

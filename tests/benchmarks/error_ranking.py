@@ -2,7 +2,8 @@
 
 Run: python tests/benchmarks/guides_table.py --tasks commonsense sst2 cola clinc150 --data DATA --output runs/table
      python tests/benchmarks/error_ranking.py runs/table --methods flat-InputAdaptive flat-Ensemble
-Each posterior's errors are its own. The interval is a 95 % bootstrap over test rows, which the seeds of a task share.
+Each posterior's errors are its own. The interval is that of `pyrolora.diagnostics.differences`: over test rows, which
+the seeds of a task share, and over seeds.
 """
 
 from __future__ import annotations
@@ -11,38 +12,22 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import rankdata
 from tqdm.auto import tqdm
 
+from pyrolora.diagnostics.bootstrap import Resampled, resamples
+from pyrolora.diagnostics.differences import difference
+from pyrolora.diagnostics.ood import auroc
 from pyrolora.saved import load
 
 
-def auroc(score: np.ndarray, wrong: np.ndarray) -> float:
-    """That errors score higher than right answers; NaN where there are none of either."""
-    errors = wrong.sum()
-    pairs = errors * (len(wrong) - errors)
-    return float((rankdata(score)[wrong].sum() - errors * (errors + 1) / 2) / pairs) if pairs else float("nan")
+def ranking(doubt: np.ndarray, wrong: np.ndarray, *, num_bootstrap: int = 1000) -> Resampled:
+    """How often an error has more doubt than a right answer: on the rows, and on resamples that all methods share."""
 
+    def of(rows: np.ndarray) -> float:
+        return auroc(doubt[rows][~wrong[rows]], doubt[rows][wrong[rows]])
 
-def difference(
-    ours: list[tuple[np.ndarray, np.ndarray]], others: list[tuple[np.ndarray, np.ndarray]], num_bootstrap: int = 2000
-) -> tuple[float, float, float, float, float]:
-    """Means of AUROC over seeds, their difference and its interval.
-
-    Args:
-        ours: Of each seed the scores and whether each row is wrong, ``(n,)`` both; rows are the same in all.
-        others: The same of another method.
-    """
-    generator = np.random.default_rng(0)
-    n = len(ours[0][0])
-
-    def means(rows: np.ndarray) -> list[float]:
-        return [float(np.nanmean([auroc(s[rows], w[rows]) for s, w in method])) for method in (ours, others)]
-
-    first, second = means(np.arange(n))
-    resampled = np.array([means(generator.integers(0, n, n)) for _ in range(num_bootstrap)])
-    low, high = np.percentile(resampled[:, 0] - resampled[:, 1], [2.5, 97.5])
-    return first, second, first - second, float(low), float(high)
+    chosen = np.concatenate([rows for (rows,) in resamples([len(doubt)], num_bootstrap=num_bootstrap, seed=0)])
+    return Resampled(of(np.arange(len(doubt))), np.array([of(rows) for rows in chosen]))
 
 
 def scores(folder: Path, num_draws: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -72,13 +57,19 @@ def main() -> None:
     if missing := [str(place) for place in places.values() if not place.is_dir()]:
         parser.error(f"no posterior in {', '.join(missing[:3])}: run guides_table.py first")
     found = {key: scores(place, args.num_draws) for key, place in tqdm(places.items(), desc="posteriors")}
+    ours, theirs = args.methods
     for task in args.tasks:
-        ours, others = ([found[task, method, seed] for seed in args.seeds] for method in args.methods)
         for name in ("confidence", "mutual information"):
-            first, second, *rest = difference([seed[name] for seed in ours], [seed[name] for seed in others])
-            print(f"{task}, {name}: {first:.3f} and {second:.3f}, {rest[0]:+.3f} [{rest[1]:+.3f}, {rest[2]:+.3f}]")
-        for name in ours[0].keys() - {"confidence", "mutual information"}:
-            print(f"{task}, {name}: {', '.join(f'{auroc(*seed[name]):.3f}' for seed in ours)}")
+            by = {
+                method: {seed: ranking(*found[task, method, seed][name]) for seed in args.seeds}
+                for method in args.methods
+            }
+            means = " and ".join(f"{np.mean([each.value for each in by[method].values()]):.3f}" for method in by)
+            gap = difference(by[ours], by[theirs])
+            print(f"{task}, {name}: {means}, {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]")
+        for name in found[task, ours, args.seeds[0]].keys() - {"confidence", "mutual information"}:
+            own = [ranking(*found[task, ours, seed][name], num_bootstrap=1).value for seed in args.seeds]
+            print(f"{task}, {name}: {', '.join(f'{value:.3f}' for value in own)}")
 
 
 if __name__ == "__main__":

@@ -45,17 +45,16 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_ranking_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: AUROCs are scikit-learn's, ties included; where the scores are one method's the difference is zero, and of
-    a method that knows its errors and one that guesses it is ½ and clear of zero."""
+    """Law: AUROCs are scikit-learn's, ties included, on the rows and on resamples, which all methods share: of one that
+    knows its errors it is 1 on each, and equal scores differ on none."""
     module = script("error_ranking", monkeypatch)
     generator = np.random.default_rng(1)
     wrong = generator.random(200) < 0.3
     guess = generator.integers(0, 20, 200).astype(float)
-    assert module.auroc(guess, wrong) == pytest.approx(roc_auc_score(wrong, guess))
-    same = module.difference([(guess, wrong)], [(guess, wrong)], 50)
-    assert same[2:] == (0.0, 0.0, 0.0)
-    knows, guesses, by, low, high = module.difference([(wrong * 1.0, wrong)] * 2, [(guess, wrong)] * 2, 200)
-    assert knows == 1.0 and by == pytest.approx(1 - guesses) and 0.3 < low < by < high
+    found, again, knows = (module.ranking(score, wrong, num_bootstrap=50) for score in (guess, guess, wrong * 1.0))
+    assert found.value == pytest.approx(roc_auc_score(wrong, guess))
+    assert np.array_equal(found.samples, again.samples) and 0.02 < found.samples.std() < 0.1
+    assert knows.value == 1.0 and (knows.samples == 1.0).all()
 
 
 @pytest.mark.slow
