@@ -1,11 +1,12 @@
 """Training step time and peak memory against plain PEFT LoRA under the same Trainer, interleaved in one run.
 
-Run: python tests/benchmarks/step_time.py --rounds 30 --out step_time.json
+Run: python tests/benchmarks/step_time.py --rounds 10 --processes 8 --out step_time.json
      python tests/benchmarks/step_time.py --base llama --rounds 10 --methods MAP MeanField Inducing
 Every round trains each method for a few steps, one method after the other in an order of its own, so that a busy
 machine slows all alike. On a CPU the time is this process's CPU time on one thread, which other processes do not count
-into; on a GPU it is the wall clock. The interval is a 95 % bootstrap of the median over rounds. Peak memory is that of
-a fresh process for each method.
+into; on a GPU it is the wall clock. The interval is a 95 % bootstrap of the median over rounds. On a CPU processes
+differ by more than the rounds of one do: --processes repeats the rounds in fresh ones, and the bootstrap draws
+processes, and rounds in each. Peak memory is that of a fresh process for each method.
 """
 
 from __future__ import annotations
@@ -148,11 +149,11 @@ def trainer(method: str, steps: int, base: str) -> tuple[Trainer, StepTimer]:
     return made, timer
 
 
-def interleave(methods: list[str], rounds: int, steps: int, base: str) -> dict[str, Any]:
-    """Median over rounds of each method's median step, as a ratio to plain LoRA's in the same round."""
+def interleave(methods: list[str], rounds: int, steps: int, base: str, seed: int) -> dict[str, list[float]]:
+    """Each round's median step of each method, as a ratio to plain LoRA's in the same round."""
     trainers = {method: trainer(method, steps, base) for method in methods}
     ratios: dict[str, list[float]] = {method: [] for method in methods}
-    order = random.Random(0)
+    order = random.Random(seed)
     for _ in tqdm(range(rounds), desc="rounds"):
         medians = {}
         for method in order.sample(methods, len(methods)):
@@ -162,7 +163,29 @@ def interleave(methods: list[str], rounds: int, steps: int, base: str) -> dict[s
             medians[method] = statistics.median(timer.steps[1:])
         for method in methods:
             ratios[method].append(medians[method] / medians["plain LoRA"])
-    return {method: interval(values) for method, values in ratios.items()}
+    return ratios
+
+
+def in_fresh_process(options: argparse.Namespace, seed: int) -> dict[str, list[float]]:
+    """`interleave`'s ratios."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "ratios.json"
+        command = [sys.executable, "-W", "ignore", __file__, "--base", options.base, "--rounds", str(options.rounds)]
+        command += ["--steps", str(options.steps), "--methods", *options.methods]
+        subprocess.run([*command, "--ratios-to", str(out), "--seed", str(seed)], check=True)
+        return json.loads(out.read_text())
+
+
+def pooled(processes: list[list[float]]) -> dict[str, float]:
+    """The median over all rounds of all processes, and a 95 % bootstrap interval that draws both, with replacement."""
+    draw = random.Random(0)
+
+    def resampled() -> float:
+        drawn = [draw.choices(each, k=len(each)) for each in draw.choices(processes, k=len(processes))]
+        return statistics.median(sum(drawn, []))
+
+    medians = sorted(resampled() for _ in range(2000))
+    return {"ratio": statistics.median(sum(processes, [])), "low": medians[49], "high": medians[1949]}
 
 
 def interval(values: list[float], name: str = "ratio") -> dict[str, float]:
@@ -181,13 +204,16 @@ def peak_memory(method: str, base: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=30, help="in each process")
+    parser.add_argument("--processes", type=int, default=1, help="fresh processes, one after the other")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--base", choices=["minilm", "llama"], default="minilm")
     parser.add_argument("--methods", nargs="+", choices=METHODS[1:], default=METHODS[1:])
     parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--ratios-to", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the methods in each round")
     options = parser.parse_args()
     if options.memory_of:
         trainer(options.memory_of, 6, options.base)[0].train()
@@ -195,8 +221,13 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     methods = ["plain LoRA", *options.methods]
+    if options.ratios_to:
+        ratios = interleave(methods, options.rounds, options.steps, options.base, options.seed)
+        options.ratios_to.write_text(json.dumps(ratios))
+        return
     memory = {} if options.no_memory else {method: peak_memory(method, options.base) for method in methods}
-    results = interleave(methods, options.rounds, options.steps, options.base)
+    runs = [in_fresh_process(options, options.seed + number) for number in range(options.processes)]
+    results: dict[str, Any] = {method: pooled([run[method] for run in runs]) for method in methods}
     for method, row in results.items():
         line = f"{method:38s} {row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
         if memory:

@@ -250,9 +250,9 @@ def test_noise_on_heads_and_biases(random: str, noise: str) -> None:
     program = tiny_program()
     guide = bound(program, MeanField(random=random, noise=noise), scale=0.3).train()  # type: ignore[arg-type]
     one = {name: value[:1] for name, value in whole_batch(program).items()}
-    batch = {name: value.expand(3, *value.shape[1:]) for name, value in one.items()}
+    batch = {name: value.expand(16, *value.shape[1:]) for name, value in one.items()}
     logits = run(program, guide, batch)
-    # Flipout's signs may agree between two examples.
+    # Flipout's signs agree between a few examples by chance, and so does its noise where they read the same.
     assert (logits.max(0).values - logits.min(0).values).max() > 1e-4
     with torch.no_grad():
         for scale in guide.log_scale.values():
