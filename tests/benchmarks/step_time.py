@@ -12,6 +12,7 @@ processes, and rounds in each. Peak memory is that of a fresh process for each m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import resource
@@ -182,10 +183,10 @@ def pooled(processes: list[list[float]]) -> dict[str, float]:
 
     def resampled() -> float:
         drawn = [draw.choices(each, k=len(each)) for each in draw.choices(processes, k=len(processes))]
-        return statistics.median(sum(drawn, []))
+        return statistics.median(itertools.chain(*drawn))
 
     medians = sorted(resampled() for _ in range(2000))
-    return {"ratio": statistics.median(sum(processes, [])), "low": medians[49], "high": medians[1949]}
+    return {"ratio": statistics.median(itertools.chain(*processes)), "low": medians[49], "high": medians[1949]}
 
 
 def interval(values: list[float], name: str = "ratio") -> dict[str, float]:

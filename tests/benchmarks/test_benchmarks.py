@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 FOLDER = Path(__file__).parent
@@ -137,3 +138,43 @@ def test_laplaces_cost_is_that_of_as_many_classes_as_it_says(monkeypatch: pytest
     monkeypatch.syspath_prepend(str(FOLDER))
     program, _, _ = importlib.import_module("laplace_cost").bench(classes, 8, 4, "minilm")
     assert program.task.num_labels == classes
+
+
+def test_intervals_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: rounds of one process have the interval of their median, and processes that differ widen it to hold both."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    pooled = importlib.import_module("step_time").pooled
+    rounds = np.random.default_rng(0).normal(1.0, 0.01, 41).tolist()
+    one, apart = pooled([rounds]), pooled([rounds, [1.1 + each - 1.0 for each in rounds]])
+    error = 1.2533 * 0.01 / len(rounds) ** 0.5  # of a median of Normals
+    assert abs(one["ratio"] - 1.0) < 4 * error and 2 * error < one["high"] - one["low"] < 6 * error
+    assert apart["low"] < 1.01 and apart["high"] > 1.09 and apart["low"] < apart["ratio"] < apart["high"]
+
+
+@pytest.mark.slow
+def test_step_times(tmp_path: Path) -> None:
+    """Law: over several processes there is a ratio with its interval for each method, and plain LoRA's own is 1."""
+    options = ("--rounds", "1", "--steps", "2", "--processes", "2", "--methods", "MAP", "--no-memory")
+    found = run("step_time", tmp_path / "steps.json", *options)
+    assert found.keys() == {"plain LoRA", "MAP"} and found["plain LoRA"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
+    assert 0 < found["MAP"]["low"] <= found["MAP"]["ratio"] <= found["MAP"]["high"]
+
+
+@pytest.mark.slow
+def test_variance_of_gradients(tmp_path: Path) -> None:
+    """Law: every kind has a ratio for each parameter, to that of one draw for the batch, whose own is 1."""
+    found = run("gradient_variance", tmp_path / "variance.json", "--steps", "4", "--batches", "1", "--draws", "3")
+    assert found.keys() == {"weight", "example", "local", "flipout", "flipout, signs of inputs too"}
+    for kind, row in found.items():
+        assert row.keys() == {"μ of A", "σ of A", "B", "head"}
+        assert all(one["ratio"] == 1.0 if kind == "weight" else one["ratio"] > 0 for one in row.values())
+
+
+def test_variances_are_those_of_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: what is accumulated draw by draw is the unbiased variance, summed over the entries."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("gradient_variance")
+    draws = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double() + 3
+    monkeypatch.setattr(module, "gradients", lambda *_: iter({"B": draw} for draw in draws))
+    found = module.variances(None, {}, "weight", len(draws))
+    assert found["B"] == pytest.approx(float(draws.var(0).sum()))
