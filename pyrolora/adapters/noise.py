@@ -188,8 +188,9 @@ def _reads_what_its_layer_reads(model: nn.Module, path: str) -> bool:
 
 
 def _times(noise: Tensor, factor: Tensor) -> Tensor:
-    """Each example's noise times its factor."""
-    return (noise.reshape(len(factor), -1) * factor.unsqueeze(-1)).reshape(noise.shape)
+    """Each example's noise times its factor; of noise that is a part of a stack's, without a copy of it first."""
+    by_example = noise.unflatten(0, (len(factor), -1))
+    return (by_example * factor.view(-1, *[1] * noise.dim())).flatten(0, 1)
 
 
 def _check_rows(rows: int, examples: int, where: str) -> None:
