@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyrolora.adapters import noise
+from pyrolora.adapters.noise import bottleneck_noise
 from pyrolora.guides.mean_field import MeanField
 
 PUBLISHED = "flipout, signs of inputs too"
@@ -33,19 +34,19 @@ def signs(*shape: int) -> Tensor:
     return 2.0 * torch.randint(2, shape) - 1
 
 
-def published_flipout(kind: str, x: Tensor, scale: Tensor, **_: Any) -> Tensor:
-    """Wen et al. 2018, eq. 4: in place of `bottleneck_noise`."""
+def made(kind: str, x: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    """`bottleneck_noise` of a kind, and Wen et al. 2018, eq. 4."""
+    if kind != PUBLISHED:
+        return bottleneck_noise(kind, x, scale, **options)  # type: ignore[arg-type]
     rows = (x * signs(*x.shape)) @ (scale * torch.randn_like(scale)).mT
     return rows * signs(*rows.shape)
 
 
 def gradients(objective: nn.Module, batch: dict[str, Tensor], kind: str, draws: int) -> Iterator[dict[str, Tensor]]:
-    """Of each draw, by parameter."""
-    objective.guide.noise = "flipout" if kind == PUBLISHED else kind  # type: ignore[union-attr, assignment]
-    changed = published_flipout if kind == PUBLISHED else noise.bottleneck_noise
+    """Of each draw, by parameter. The guide's noise is flipout, in whose place stands that of the kind."""
     named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     for _ in range(draws):
-        with mock.patch.object(noise, "bottleneck_noise", changed):
+        with mock.patch.object(noise, "bottleneck_noise", lambda _, *args, **options: made(kind, *args, **options)):
             found = torch.autograd.grad(objective(dict(batch)), list(named.values()))
         by_name = dict(zip(named, found, strict=True))
         yield {
@@ -75,14 +76,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with mock.patch.dict(GUIDES, {"BLoB": lambda: MeanField.blob(init_scale=options.width)}):
-        made, _ = trainer("BLoB", options.steps, "minilm")
-    made.train()
-    objective = made.model.train()
+        trained, _ = trainer("BLoB", options.steps, "minilm")
+    trained.train()
+    objective = trained.model.train()
     for module in objective.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     ratios: dict[str, dict[str, list[float]]] = {kind: {title: [] for title in PARAMETERS} for kind in KINDS}
-    batches = [batch for batch, _ in zip(made.get_train_dataloader(), range(options.batches), strict=False)]
+    batches = [batch for batch, _ in zip(trained.get_train_dataloader(), range(options.batches), strict=False)]
     for batch in tqdm(batches, desc="batches"):
         found = {kind: variances(objective, batch, kind, options.draws) for kind in KINDS}
         for kind, row in ratios.items():
