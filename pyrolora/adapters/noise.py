@@ -36,9 +36,9 @@ def bottleneck_noise(
     - ``"example"``: one for each example, ``f_n (σ ∘ ε_n) x``: its tokens see one matrix.
     - ``"local"``: one for each row (token) and output, ``√d ∘ ε``; nothing of the size of W is drawn.
     - ``"flipout"``: one ``ε`` for the batch and a random sign for each row and output, ``f_n s ∘ (σ ∘ ε) x``: rows are
-      uncorrelated, but not independent: noise of rows that point the same way has one size. Flipout has signs for a
-      row's inputs too; beside an ε of independent Normals they change neither this covariance nor, as measured, the
-      variance of gradients, and they cost a copy of the input in each pass.
+      uncorrelated, but not independent: noise of rows that point the same way has one size. As published, signs for
+      a row's inputs too make such sizes differ; they cost a copy of the input in each pass, beside an ε of independent
+      Normals they do not change the covariance, and on a real encoder they left the variance of gradients as it was.
 
     Computed in float32 whatever the type of x. It draws from torch's own generator, whose state activation
     checkpointing restores, so that a recomputation sees the same noise.

@@ -84,7 +84,8 @@ class MeanField(Guide):
 
         With ``priors={"*.A": Normal(0.2), "*.B": Flat(), ...}`` the default starts at BLoB's ``G ~ U(ε/√2, ε)``,
         ε = 0.05. Its objective weighs the KL by a schedule of its own; here that is the temperature β. On four small
-        tasks 0.3 was best on the whole, and 1 on three of them.
+        tasks 0.3 was best on the whole, and 1 on three of them. Of flipout's signs the inputs' are left out, see
+        `bottleneck_noise`.
 
         Source: Wang et al. 2024 (NeurIPS), section 3 and appendix B.
         """

@@ -1,33 +1,61 @@
 """Variance of the gradient under each kind of noise in activation space, at one and the same posterior.
 
-Run: python tests/benchmarks/gradient_variance.py --steps 300 --batches 8 --draws 50 --out variance.json
-BLoB is trained for some steps, with more noise at its start where --width says so. Then, without dropout, every batch
-has its gradient computed for many draws of each kind's noise; the variance is summed over the entries of a parameter,
-and given as a ratio to that of one draw of the weights for the batch: median over batches, with a 95 % bootstrap
-interval. "flipout, signs of inputs too" is that of Wen et al. 2018; pyrolora's has signs of the outputs alone.
+Run: python tests/benchmarks/gradient_variance.py --epochs 12 --batches 8 --draws 40 --out variance.json
+BLoB is fitted to the embedded task, under the prior and at the temperature that the table of all guides has for it.
+Then, without dropout, every batch has its gradient computed for many draws of each kind's noise; the variance is summed
+over the entries of a parameter, and given as a ratio to that of one draw of the weights for the batch: median over
+batches, with a 95 % bootstrap interval. "flipout, signs of inputs too" is that of Wen et al. 2018; pyrolora's has signs
+of the outputs alone. G is the root of σ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from step_time import GUIDES, interval, trainer
+from guides_table import TEMPERATURES
+from peft import LoraConfig
+from step_time import BASE, LORA, interval
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 
 from pyrolora.adapters import noise
 from pyrolora.adapters.noise import bottleneck_noise
 from pyrolora.guides.mean_field import MeanField
+from pyrolora.inference.elbo import Objective
+from pyrolora.inference.fit import default_arguments, fit
+from pyrolora.inference.randomness import isolated
+from pyrolora.priors.flat import Flat
+from pyrolora.priors.normal import Normal
+from pyrolora.program import PyroLoRA
+from pyrolora.tasks.physical_commonsense import PhysicalCommonsense
 
 PUBLISHED = "flipout, signs of inputs too"
 KINDS = ["weight", "example", "flipout", PUBLISHED, "local"]
-PARAMETERS = {"μ of A": "loc.lora", "σ of A": "root_scale.lora", "B": "points.lora", "head": "points.head"}
+PARAMETERS = {"μ of A": "loc.lora", "G of A": "root_scale.lora", "B": "points.lora", "head": "points.head"}
+
+
+def fitted(epochs: float) -> tuple[Objective, Callable[[int], dict[str, Tensor]]]:
+    """The objective of a fit, in training mode and without dropout, and its batches by number."""
+    task = PhysicalCommonsense(AutoTokenizer.from_pretrained(BASE), num_train=400)
+    priors = {"*.A": Normal(0.2), "*.B": Flat(), "head.*": Normal(1.0)}
+    with isolated(0):
+        program = PyroLoRA(task.load_base_model(BASE), LoraConfig(**LORA), priors=priors, task=task)
+    arguments = default_arguments(seed=0)
+    arguments.learning_rate, arguments.num_train_epochs = 2e-3, epochs
+    posterior = fit(program, MeanField.blob(), args=arguments, temperature=TEMPERATURES["BLoB"])
+    print({name: posterior.history[-1].get(name) for name in ("data", "kl")})
+    objective = Objective(program, posterior.guide, TEMPERATURES["BLoB"]).train()
+    for module in objective.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return objective, lambda number: task.collate([task.train[16 * number + row] for row in range(16)])
 
 
 def signs(*shape: int) -> Tensor:
@@ -42,20 +70,21 @@ def made(kind: str, x: Tensor, scale: Tensor, **options: Any) -> Tensor:
     return rows * signs(*rows.shape)
 
 
-def gradients(objective: nn.Module, batch: dict[str, Tensor], kind: str, draws: int) -> Iterator[dict[str, Tensor]]:
+def gradients(objective: Objective, batch: dict[str, Tensor], kind: str, draws: int) -> Iterator[dict[str, Tensor]]:
     """Of each draw, by parameter. The guide's noise is flipout, in whose place stands that of the kind."""
     named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    for _ in range(draws):
-        with mock.patch.object(noise, "bottleneck_noise", lambda _, *args, **options: made(kind, *args, **options)):
+    replaced = mock.patch.object(noise, "bottleneck_noise", lambda _, *args, **options: made(kind, *args, **options))
+    with replaced, objective.guide.hooks(objective.program):
+        for _ in range(draws):
             found = torch.autograd.grad(objective(dict(batch)), list(named.values()))
-        by_name = dict(zip(named, found, strict=True))
-        yield {
-            title: torch.cat([grad.flatten() for name, grad in by_name.items() if f".{part}" in name])
-            for title, part in PARAMETERS.items()
-        }
+            by_name = dict(zip(named, found, strict=True))
+            yield {
+                title: torch.cat([grad.flatten() for name, grad in by_name.items() if f".{part}" in name])
+                for title, part in PARAMETERS.items()
+            }
 
 
-def variances(objective: nn.Module, batch: dict[str, Tensor], kind: str, draws: int) -> dict[str, float]:
+def variances(objective: Objective, batch: dict[str, Tensor], kind: str, draws: int) -> dict[str, float]:
     """Summed over a parameter's entries; Welford's recursion, so that no draws are kept."""
     means: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
@@ -69,21 +98,15 @@ def variances(objective: nn.Module, batch: dict[str, Tensor], kind: str, draws: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--width", type=float, default=0.0125, help="σ at the start, as a fraction of the prior's")
+    parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--draws", type=int, default=50)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    with mock.patch.dict(GUIDES, {"BLoB": lambda: MeanField.blob(init_scale=options.width)}):
-        trained, _ = trainer("BLoB", options.steps, "minilm")
-    trained.train()
-    objective = trained.model.train()
-    for module in objective.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    torch.set_num_threads(1)
+    objective, rows = fitted(options.epochs)
     ratios: dict[str, dict[str, list[float]]] = {kind: {title: [] for title in PARAMETERS} for kind in KINDS}
-    batches = [batch for batch, _ in zip(trained.get_train_dataloader(), range(options.batches), strict=False)]
+    batches = [rows(number) for number in range(options.batches)]
     for batch in tqdm(batches, desc="batches"):
         found = {kind: variances(objective, batch, kind, options.draws) for kind in KINDS}
         for kind, row in ratios.items():

@@ -236,7 +236,7 @@ def test_noise_of_each_token_has_the_variance_of_weight_draws(noise: str) -> Non
     centred = (noise_of - noise_of.mean(0)).flatten(1)
     exact = (X.square() @ guide.log_scale["lora/query/A"][0].detach().exp().square().T).flatten()
     covariance = centred.T @ centred / draws
-    error = (exact[:, None] * exact[None]).sqrt() * math.sqrt(8 / draws)
+    error = (exact[:, None] * exact[None]).sqrt() * math.sqrt(3 / draws)
     assert ((covariance - exact.diag()).abs() < 5 * error).all()
 
 
