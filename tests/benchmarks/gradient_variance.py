@@ -50,7 +50,8 @@ def fitted(epochs: float) -> tuple[Objective, Callable[[int], dict[str, Tensor]]
     arguments = default_arguments(seed=0)
     arguments.learning_rate, arguments.num_train_epochs = 2e-3, epochs
     posterior = fit(program, MeanField.blob(), args=arguments, temperature=TEMPERATURES["BLoB"])
-    print({name: posterior.history[-1].get(name) for name in ("data", "kl")})
+    logged = [entry for entry in posterior.history if "kl" in entry]
+    print({name: logged[-1][name] for name in ("data", "kl")} if logged else "too short for a log")
     objective = Objective(program, posterior.guide, TEMPERATURES["BLoB"]).train()
     for module in objective.modules():
         if isinstance(module, nn.Dropout):
