@@ -126,7 +126,8 @@ def _differences(results: Mapping[str, Any], split: str) -> list[str]:
     for contrast in results["contrasts"]:
         if contrast["split"] != split or contrast["scaled"]:
             continue
-        against = f"{contrast['baseline']}{', scaled' if contrast['baseline_scaled'] else ''}"
+        # The method is as fitted in both; brackets keep a reader from taking it for scaled too.
+        against = f"({contrast['baseline']}, scaled)" if contrast["baseline_scaled"] else contrast["baseline"]
         parts = []
         for metric in MAIN:
             found = contrast["metrics"][metric]

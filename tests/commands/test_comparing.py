@@ -19,7 +19,7 @@ def test_compare_and_report(recipe: Path, tmp_path: Path, capsys: Captured) -> N
     assert {cell["method"] for cell in results["cells"]} == {"LoRA", "MAP", "MeanField"}
     for cell in results["cells"]:
         assert f"{cell['metrics']['nll']['value']:.3f} → {cell['scaled_metrics']['nll']['value']:.3f}" in out
-    assert "MeanField − LoRA, scaled: accuracy" in out
+    assert "MeanField − (LoRA, scaled): accuracy" in out
     page = (tmp_path / "report.html").read_text()
     assert "MeanField" in page
     (tmp_path / "report.html").unlink()

@@ -162,7 +162,7 @@ def test_the_table_has_differences(finished: tuple[Path, dict[str, Any]]) -> Non
     found["metrics"]["ece"] |= {"value": None, "low": None, "high": None, "real": False}
     said = table(made)
     assert "nll -0.500 [-0.600, -0.400]*, ece unknown" in said
-    assert "MAP − LoRA: accuracy" in said and "MeanField − LoRA, scaled: accuracy" in said
+    assert "MAP − LoRA: accuracy" in said and "MeanField − (LoRA, scaled): accuracy" in said
 
 
 def test_results_before_the_first_cell(recipe: Path) -> None:
