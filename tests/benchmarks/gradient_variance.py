@@ -1,7 +1,7 @@
 """Variance of the gradient under each kind of noise in activation space, at one and the same posterior.
 
-Run: python tests/benchmarks/gradient_variance.py --epochs 12 --batches 8 --draws 40 --out variance.json
-BLoB is fitted to the embedded task, under the prior and at the temperature that the table of all guides has for it.
+Run: python tests/benchmarks/gradient_variance.py --epochs 12 --batches 8 --draws 30 --out variance.json
+BLoB is fitted to the embedded task as sweep.py does, under the prior and temperature of the table of all guides.
 Then, without dropout, every batch has its gradient computed for many draws of each kind's noise; the variance is summed
 over the entries of a parameter, and given as a ratio to that of one draw of the weights for the batch: median over
 batches, with a 95 % bootstrap interval. "flipout, signs of inputs too" is that of Wen et al. 2018; pyrolora's has signs
@@ -12,51 +12,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from guides_table import TEMPERATURES
-from peft import LoraConfig
-from step_time import BASE, LORA, interval
+from step_time import interval
+from sweep import BLOB, Configuration, fitted, make_task
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from pyrolora.adapters import noise
 from pyrolora.adapters.noise import bottleneck_noise
-from pyrolora.guides.mean_field import MeanField
 from pyrolora.inference.elbo import Objective
-from pyrolora.inference.fit import default_arguments, fit
-from pyrolora.inference.randomness import isolated
-from pyrolora.priors.flat import Flat
-from pyrolora.priors.normal import Normal
-from pyrolora.program import PyroLoRA
-from pyrolora.tasks.physical_commonsense import PhysicalCommonsense
 
 PUBLISHED = "flipout, signs of inputs too"
 KINDS = ["weight", "example", "flipout", PUBLISHED, "local"]
 PARAMETERS = {"μ of A": "loc.lora", "G of A": "root_scale.lora", "B": "points.lora", "head": "points.head"}
-
-
-def fitted(epochs: float) -> tuple[Objective, Callable[[int], dict[str, Tensor]]]:
-    """The objective of a fit, in training mode and without dropout, and its batches by number."""
-    task = PhysicalCommonsense(AutoTokenizer.from_pretrained(BASE), num_train=400)
-    priors = {"*.A": Normal(0.2), "*.B": Flat(), "head.*": Normal(1.0)}
-    with isolated(0):
-        program = PyroLoRA(task.load_base_model(BASE), LoraConfig(**LORA), priors=priors, task=task)
-    arguments = default_arguments(seed=0)
-    arguments.learning_rate, arguments.num_train_epochs = 2e-3, epochs
-    posterior = fit(program, MeanField.blob(), args=arguments, temperature=TEMPERATURES["BLoB"])
-    logged = [entry for entry in posterior.history if "kl" in entry]
-    print({name: logged[-1][name] for name in ("data", "kl")} if logged else "too short for a log")
-    objective = Objective(program, posterior.guide, TEMPERATURES["BLoB"]).train()
-    for module in objective.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return objective, lambda number: task.collate([task.train[16 * number + row] for row in range(16)])
 
 
 def signs(*shape: int) -> Tensor:
@@ -99,15 +73,21 @@ def variances(objective: Objective, batch: dict[str, Tensor], kind: str, draws: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--draws", type=int, default=50)
+    parser.add_argument("--draws", type=int, default=30)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    objective, rows = fitted(options.epochs)
+    task = make_task("commonsense", None)
+    chosen = Configuration("MeanField", BLOB, a=0.2, temperature=TEMPERATURES["BLoB"], epochs=options.epochs)
+    posterior, _ = fitted(task, chosen, seed=0, keep=None, name="commonsense")
+    objective = Objective(posterior.program, posterior.guide, chosen.temperature).train()
+    for module in objective.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     ratios: dict[str, dict[str, list[float]]] = {kind: {title: [] for title in PARAMETERS} for kind in KINDS}
-    batches = [rows(number) for number in range(options.batches)]
+    batches = [task.collate([task.train[16 * k + row] for row in range(16)]) for k in range(options.batches)]
     for batch in tqdm(batches, desc="batches"):
         found = {kind: variances(objective, batch, kind, options.draws) for kind in KINDS}
         for kind, row in ratios.items():

@@ -51,7 +51,7 @@ GUIDES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "sparse": {"Inducing": {}, "MAP": {}},
     "A": {"MeanField": {}, "SGLD": {}, "MAP": {}},
-    "BLoB": {"BLoB": {"class_path": "MeanField", "init_args": BLOB}},
+    "BLoB": {"BLoB": {"class_path": "MeanField", "init_args": BLOB}, "MAP": {}},
     "flat": {"InputAdaptive": {}, "Ensemble": {"guide": "MAP", "size": 5}},
     "dropout": {"Dropout": {}},
 }

@@ -163,7 +163,7 @@ def test_step_times(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_variance_of_gradients(tmp_path: Path) -> None:
     """Law: every kind has a ratio for each parameter, to that of one draw for the batch, whose own is 1."""
-    found = run("gradient_variance", tmp_path / "variance.json", "--epochs", "0.1", "--batches", "1", "--draws", "3")
+    found = run("gradient_variance", tmp_path / "variance.json", "--epochs", "1", "--batches", "1", "--draws", "3")
     assert found.keys() == {"weight", "example", "local", "flipout", "flipout, signs of inputs too"}
     for kind, row in found.items():
         assert row.keys() == {"μ of A", "G of A", "B", "head"}
